@@ -1,0 +1,221 @@
+"""ls, show, verify, rm, gc: look at the artifact store, and clear it."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bnfctl import console
+from bnfctl.artifact import Artifact, Store
+from bnfctl.errors import BnfctlError, UsageError
+from bnfctl.pipeline import headline
+
+
+def size_of(path: Path) -> int:
+    """Bytes under a path."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(found.stat().st_size for found in path.rglob("*") if found.is_file())
+
+
+def human(size: float) -> str:
+    """Bytes for people: 96.1 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def ls(store: Store, stage: str | None) -> list[dict[str, Any]]:
+    """Every artifact: ref, names, age, size, what it gave."""
+    names: dict[str, list[str]] = {}
+    for name, ref in store.names().items():
+        names.setdefault(ref, []).append(name)
+    return [
+        {
+            "ref": artifact.ref,
+            "names": names.get(artifact.ref, []),
+            "path": str(artifact.path),
+            "digest": artifact.manifest.digest,
+            "created": artifact.manifest.provenance.get("created"),
+            "bytes": size_of(artifact.path),
+            "result": headline(artifact),
+        }
+        for artifact in store.artifacts(stage)
+    ]
+
+
+def ls_table(rows: list[dict[str, Any]]) -> str:
+    """`ls` for people."""
+    cells = [
+        [row["ref"], " ".join(row["names"]), _age(row["created"]), human(row["bytes"]), row["result"]] for row in rows
+    ]
+    return console.table("", ["artifact", "names", "age", "size", "result"], cells, right=(2, 3))
+
+
+def _age(created: float | None) -> str:
+    seconds = time.time() - (created or 0)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def show(artifact: Artifact) -> str:
+    """What an artifact is, for people: config, inputs, result, provenance."""
+    manifest = artifact.manifest
+    lines = [f"{artifact.ref}  {artifact.path}", f"digest {manifest.digest}", ""]
+    for title, values in (
+        ("inputs", {name: f"{raw['ref']}  {str(raw['digest'])[:12]}" for name, raw in manifest.inputs.items()}),
+        ("config", manifest.config),
+        ("summary", manifest.summary),
+        ("provenance", manifest.provenance),
+    ):
+        lines.append(f"{title}:")
+        lines += [f"  {name}: {_plain(value)}" for name, value in values.items() if value not in (None, [], {})]
+    lines.append(f"files: {len(manifest.files)}, {human(sum(entry['size'] for entry in manifest.files))}")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
+
+
+def rows(artifact: Artifact, count: int) -> Iterator[str]:
+    """The first rows as JSON lines; a train artifact's are its metrics."""
+    metrics = artifact.path / "metrics.jsonl"
+    if metrics.exists():
+        with open(metrics, encoding="utf-8") as file:
+            yield from (line.rstrip("\n") for line in itertools.islice(file, count))
+    elif (artifact.path / "rows").is_dir():
+        for row in itertools.islice(artifact.rows(), count):
+            yield json.dumps(row, ensure_ascii=False)
+    else:
+        raise UsageError(f"{artifact.ref} has no rows", where="--rows")
+
+
+def lineage(artifact: Artifact, store: Store) -> dict[str, Any]:
+    """The artifact and, recursively, what it was made from."""
+    inputs = {}
+    for name, raw in artifact.manifest.inputs.items():
+        parent = store.search(raw["ref"]) if raw["kind"] == "artifact" else None
+        inputs[name] = lineage(parent, store) if parent else {"ref": raw["ref"], "digest": raw["digest"], "inputs": {}}
+    return {"ref": artifact.ref, "digest": artifact.manifest.digest, "inputs": inputs}
+
+
+def lineage_lines(tree: dict[str, Any], name: str = "", indent: str = "") -> Iterator[str]:
+    """A lineage as an indented tree."""
+    label = f"{name}: " if name else ""
+    yield f"{indent}{label}{tree['ref']}  {str(tree['digest'])[:12]}"
+    for key, parent in tree["inputs"].items():
+        yield from lineage_lines(parent, key, indent + "  ")
+
+
+def verify(store: Store, refs: list[str]) -> dict[str, list[str]]:
+    """Problems per artifact, of those named or of all; manifests that can't be read count too."""
+    found = [store.find(ref) for ref in refs] if refs else list(_readable(store))
+    problems = {artifact.ref: artifact.verify() for artifact in found}
+    if not refs:
+        problems |= {str(path): [f"unreadable manifest: {why}"] for path, why in _unreadable(store)}
+    return problems
+
+
+def _manifests(store: Store) -> list[Path]:
+    return sorted(store.home.glob("[a-z]*/*/manifest.json"))
+
+
+def _readable(store: Store) -> Iterator[Artifact]:
+    broken = {path for path, _ in _unreadable(store)}
+    yield from (Artifact(path.parent) for path in _manifests(store) if path.parent not in broken)
+
+
+def _unreadable(store: Store) -> list[tuple[Path, str]]:
+    found = []
+    for path in _manifests(store):
+        try:
+            Artifact(path.parent)
+        except UsageError as error:
+            found.append((path.parent, error.what))
+    return found
+
+
+def rm(store: Store, refs: list[str], force: bool) -> list[str]:
+    """Delete artifacts, and their names; UsageError if another artifact was made from one, unless forced."""
+    doomed = [store.find(ref) for ref in refs]
+    going = {artifact.ref for artifact in doomed}
+    for artifact in doomed:
+        users = [user.ref for user in store.users_of(artifact) if user.ref not in going]
+        if users and not force:
+            raise UsageError(
+                f"{artifact.ref} is an input of {', '.join(users)}", where=artifact.ref,
+                hint=f"bnfctl rm {' '.join([*refs, *users])}, or --force",
+            )  # fmt: skip
+    for artifact in doomed:
+        for name, ref in store.names().items():
+            if ref == artifact.ref:
+                store.set_name(name, None)
+        # The manifest goes first: a folder without one is no artifact, so a crash leaves nothing half-deleted.
+        (artifact.path / "manifest.json").unlink()
+        shutil.rmtree(artifact.path)
+    return sorted(going)
+
+
+@dataclass(frozen=True)
+class Waste:
+    """Something that `gc` can free."""
+
+    path: Path
+    what: str
+    bytes: int
+
+
+def waste(store: Store, checkpoints_only: bool) -> tuple[list[Waste], list[str]]:
+    """(what can be freed, the drafts that a running process holds).
+
+    Old checkpoints are those of a draft that a newer whole one replaces; the newest stays, so the run can
+    resume.  Without `checkpoints_only`, drafts that no process holds go as a whole, and so do leftovers.
+    """
+    found, busy = [], []
+    for draft in sorted(path for path in (store.home / ".drafts").glob("*") if path.is_dir()):
+        if _held(draft.parent / f"{draft.name}.lock"):
+            busy.append(draft.name)
+            continue
+        if not checkpoints_only:
+            found.append(Waste(draft, f"draft {draft.name}", size_of(draft)))
+            continue
+        checkpoints = sorted((draft / "scratch" / "checkpoints").glob("step-*"))
+        found += [Waste(old, f"old checkpoint {old.name} of {draft.name}", size_of(old)) for old in checkpoints[:-1]]
+    if not checkpoints_only:
+        halves = [p for p in store.home.glob("[a-z]*/*") if p.is_dir() and not (p / "manifest.json").exists()]
+        halves += [path / "scratch" for path in store.home.glob("[a-z]*/*") if (path / "scratch").is_dir()]
+        found += [Waste(path, f"leftover {path.relative_to(store.home)}", size_of(path)) for path in halves]
+    return found, busy
+
+
+def free(found: list[Waste]) -> None:
+    """Delete what `waste` found."""
+    for item in found:
+        try:
+            shutil.rmtree(item.path)
+        except OSError as error:
+            raise BnfctlError(f"could not delete: {error}", where=str(item.path)) from None
+        item.path.with_name(f"{item.path.name}.lock").unlink(missing_ok=True)
+
+
+def _held(lock: Path) -> bool:
+    try:
+        with open(lock, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True

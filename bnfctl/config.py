@@ -1,0 +1,154 @@
+"""What each stage can be asked: five frozen dataclasses, the one place where a parameter is declared.
+
+A field's help, default, range and choices become its flag, its YAML key and its share of the cache key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bnfctl.options import opt
+from bnfctl.tables import LOSSES, RULES, SAMPLERS, SCORERS, TASKS
+
+_SPEED_ONLY = "Changes speed, not results, so it is not in the key."
+_MACHINE = "A fact of the machine, so it is not in the key."
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SAMPLERS = ("auto", *SAMPLERS)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Sample n responses to every prompt."""
+
+    prompts: str = opt(help="JSONL file, hub data set (owner/name[@revision]) or lab:FAMILY.", input="data")
+    model: str | None = opt(None, help="Hub id (owner/name[@revision]), folder, train artifact or lab.", input="model")
+    split: str = opt("train", help="Split of a data set or of the lab.")
+    subset: str | None = opt(None, help="Configuration of a hub data set.")
+    prompt_column: str = opt("prompt", help="Column with the prompt: text, or a list of chat messages.")
+    answer_column: str = opt("answer", help="Column with the right answer, where there is one.")
+    limit: int | None = opt(None, help="Take the first N prompts.", low=1)
+    sampler: str = opt("auto", help="auto takes vllm where it is installed; file imports responses.", choices=_SAMPLERS)
+    n: int = opt(5, help="Responses per prompt.", low=1)
+    temperature: float = opt(0.8, help="0 is greedy. The paper samples at 0.8.", low=0, high=10)
+    top_p: float = opt(0.95, help="Nucleus mass; 0.95 as in the paper's data sets.", low=1e-6, high=1)
+    max_tokens: int = opt(4096, help="Longest response in tokens; the context may end it sooner.", low=1)
+    seed: int = opt(0, help="Run seed; each prompt's own seed is a hash of it and the prompt id.")
+    long_prompts: str = opt("error", help="A prompt that fills the context: stop, or drop it.", choices=("error", "drop"))
+    dtype: str = opt("auto", help="Compute type; auto is bfloat16 on a GPU, float32 on a CPU.", choices=_DTYPES)
+    chunk: int = opt(64, help="Prompts per chunk: hf samples (and both samplers save) chunk by chunk.", low=1)
+    gpu_memory: float = opt(0.9, help="Share of the GPU's memory for vLLM. " + _MACHINE, key=False, low=0.05, high=1)
+    trust_remote_code: bool = opt(False, help="Run code that comes with the model.")
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Give every candidate a reward."""
+
+    input: str = opt(help="Generate artifact, or a JSONL file of responses.", input="generate", positional=True)
+    scorer: str = opt("rules", help="How to score.", choices=tuple(SCORERS))
+    rule: str = opt("numeric", help="The verifier of `rules`.", choices=tuple(RULES))
+    pattern: str | None = opt(None, help="Regular expression of `--rule regex`; group 1, if any, is the answer.")
+    model: str | None = opt(None, help="Reward model of `reward-model`: one-label classifier.", input="model")
+    max_length: int = opt(4096, help="Longest prompt + response in tokens; longer ones get a null reward.", low=1)
+    dtype: str = opt("auto", help="Compute type; auto is bfloat16 on a GPU, float32 on a CPU.", choices=_DTYPES)
+    batch_tokens: int = opt(8192, help="Padded tokens per forward. " + _SPEED_ONLY, key=False, low=1)
+    trust_remote_code: bool = opt(False, help="Run code that comes with the model.")
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Turn scored candidates, or a ready preference file, into training records."""
+
+    input: str = opt(
+        help="Score artifact, or a preference set: JSONL file or hub data set.", input="score", positional=True
+    )
+    split: str = opt("train", help="Split of a hub data set.")
+    subset: str | None = opt(None, help="Configuration of a hub data set.")
+    pairing_ratio: float = opt(1.0, help="Chance that a pair keeps both sides (paper 5.2).", low=0, high=1)
+    min_margin: float = opt(0.0, help="Drop a prompt whose best - worst reward is not above this.", low=0)
+    test_fraction: float = opt(0.05, help="Share of the prompts kept for the test split.", low=0, high=0.9)
+    limit: int | None = opt(None, help="Take the first N prompts.", low=1)
+    seed: int = opt(0, help="Seed of the split and of the masking.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Align a model with preference records."""
+
+    model: str = opt(help="Hub id (owner/name[@revision]), folder, train artifact or lab.", input="model")
+    data: str | None = opt(None, help="Build artifact. Default: the only one made from this model.", input="build")
+    loss: str = opt("bnf", help="The objective.", choices=tuple(LOSSES))
+    loss_arg: tuple[str, ...] = opt((), help="Hyper-parameter of the loss, name=value; may be repeated.")
+    lr: float = opt(5e-7, help="Peak learning rate; the paper's models have their own.", low=0)
+    batch_size: int = opt(128, help="Records (pairs or single responses) per step.", low=1)
+    epochs: int = opt(1, help="Passes over the training split.", low=1)
+    max_length: int = opt(4096, help="Longest prompt + response in tokens.", low=2)
+    warmup: float = opt(0.1, help="Share of the steps that warm up.", low=0, high=1)
+    beta1: float = opt(0.9, help="AdamW.", low=0, high=1)
+    beta2: float = opt(0.999, help="AdamW.", low=0, high=1)
+    eps: float = opt(1e-8, help="AdamW.", low=0)
+    weight_decay: float = opt(0.0, help="AdamW.", low=0)
+    clip: float = opt(1.0, help="Largest gradient norm, after normalisation; 0 turns clipping off.", low=0)
+    seed: int = opt(0, help="Seed of the data order.")
+    retokenize: bool = opt(False, help="Ignore sampled token ids and tokenize the texts with this model.")
+    dtype: str = opt("auto", help="Compute type; auto is bfloat16 on a GPU. Masters are float32.", choices=_DTYPES[:3])
+    save_dtype: str = opt("auto", help="Type of the saved model; auto is the base's.", choices=_DTYPES)
+    eval_every: int = opt(0, help="Report on the test split every N steps and at the end; 0 is never.", low=0)
+    log_every: int = opt(1, help="A line in metrics.jsonl every N steps.", low=1)
+    save_every: int = opt(
+        50, help="Checkpoint every N steps; 0 is never. A resumed run is exact, so it is not in the key.", key=False, low=0
+    )
+    micro_tokens: int = opt(8192, help="Padded tokens per micro-batch. " + _SPEED_ONLY, key=False, low=1)
+    trust_remote_code: bool = opt(False, help="Run code that comes with the model.")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Grade a model on tasks; compare it with another on the same items."""
+
+    model: str = opt(help="Hub id, folder, train artifact or lab.", input="model", positional=True)
+    tasks: tuple[str, ...] = opt(help="Tasks, separated by commas.", choices=tuple(TASKS))
+    base: str | None = opt(None, help="Eval artifact of the base model: adds paired differences.", input="eval")
+    sampler: str = opt("auto", help="auto takes vllm where it is installed.", choices=("auto", "vllm", "hf"))
+    limit: int | None = opt(None, help="Take the first N items of each task.", low=1)
+    seed: int = opt(0, help="Run seed of tasks that sample.")
+    dtype: str = opt("auto", help="Compute type; auto is bfloat16 on a GPU, float32 on a CPU.", choices=_DTYPES)
+    chunk: int = opt(256, help="Prompts per chunk.", low=1)
+    require: tuple[str, ...] = opt(
+        (), help="Gate, e.g. 'lab-chat>=0.5' or 'lab-chat.gain>=0.15'; exit 3. Checked after, so not in the key.",
+        key=False,
+    )  # fmt: skip
+    gpu_memory: float = opt(0.9, help="Share of the GPU's memory for vLLM. " + _MACHINE, key=False, low=0.05, high=1)
+    trust_remote_code: bool = opt(False, help="Run code that comes with the model.")
+
+
+CONFIGS: dict[str, type] = {
+    "generate": GenerateConfig,
+    "score": ScoreConfig,
+    "build": BuildConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+}
+
+PUBLISHED_SETS = {
+    "mistralai/Mistral-7B-Instruct-v0.2": "princeton-nlp/mistral-instruct-ultrafeedback",
+    "meta-llama/Meta-Llama-3-8B-Instruct": "princeton-nlp/llama3-ultrafeedback-armorm",
+    "google/gemma-2-9b-it": "princeton-nlp/gemma2-ultrafeedback-armorm",
+}
+"""The preference sets that the paper trained its three models on."""
+
+_TRAIN_RECIPES: dict[str, dict[str, Any]] = {
+    "mistralai/Mistral-7B-Instruct-v0.2": {"lr": 5e-7},
+    "meta-llama/Meta-Llama-3-8B-Instruct": {"lr": 6e-7},
+    "google/gemma-2-9b-it": {"lr": 8e-7},
+    "lab": {"lr": 1e-4, "batch_size": 32},
+}
+"""Paper, section 4: learning rates after its grid search at batch 128; the lab's are measured in its notes."""
+
+
+def train_recipe(values: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """(title, values) that a known base model brings along; empty for any other."""
+    model = str(values.get("model") or "").split("@")[0]
+    return f"recipe of {model}", _TRAIN_RECIPES.get(model, {})

@@ -1,0 +1,145 @@
+"""Everything a person or a script sees: one line (or one JSON document) on stdout, all else on stderr.
+
+Libraries print to stdout when they like, so `claim_stdout` points fd 1 at stderr and keeps the real one;
+only `emit` writes to it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from types import FrameType, TracebackType
+from typing import Any
+
+from bnfctl.errors import BnfctlError, Interrupted
+
+PLAIN_SECONDS = 30.0
+"""Between two progress lines where stderr is not a terminal."""
+
+_stdout_fd: int | None = None
+_signal: int | None = None
+
+
+def claim_stdout() -> None:
+    """Keep the real stdout for `emit`; from here on prints of any library go to stderr."""
+    global _stdout_fd
+    if _stdout_fd is None:
+        sys.stdout.flush()
+        _stdout_fd = os.dup(1)
+        os.dup2(2, 1)
+
+
+def emit(text: str) -> None:
+    """Write the result to the real stdout.  A reader that has gone away (`| head`) is not an error."""
+    data = (text.rstrip("\n") + "\n").encode("utf-8", "replace")
+    fd = 1 if _stdout_fd is None else _stdout_fd
+    if _stdout_fd is None:
+        sys.stdout.flush()
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+
+def say(text: str) -> None:
+    """One line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def report(error: BnfctlError) -> None:
+    """The three-line form of an error: what, where, what to type next."""
+    say(f"error: {error.what}")
+    if error.where:
+        say(f"where: {error.where}")
+    if error.hint:
+        say(f"hint: {error.hint}")
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[int] = ()) -> str:
+    """A table as text, as wide as its content; `right` are the columns to align right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for index, column in enumerate(columns):
+        drawn.add_column(column, justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(str(cell) for cell in row))
+    console = Console(width=_width(), color_system=None, highlight=False, markup=False, emoji=False)
+    with console.capture() as captured:
+        console.print(drawn)
+    return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
+
+
+def _width() -> int:
+    try:
+        return max(60, os.get_terminal_size(2).columns)
+    except OSError:
+        return 200
+
+
+class Progress:
+    """How far a loop is: a live line on a terminal, otherwise a plain line every 30 s: done / total, rate, eta."""
+
+    def __init__(self, total: int, unit: str, done: int = 0) -> None:
+        self.total, self.unit, self.done = total, unit, done
+        self._first, self._start = done, time.monotonic()
+        self._next = self._start + PLAIN_SECONDS
+        self._live: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Live
+
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._live = Live(*columns, console=Console(stderr=True), transient=True)
+            self._live.start()
+            self._task = self._live.add_task(self.unit, total=self.total, completed=self.done)
+        return self
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.done += n
+        now = time.monotonic()
+        if self._live is not None:
+            self._live.update(self._task, completed=self.done, description=f"{self.unit} {note}".rstrip())
+        elif now >= self._next:
+            self._next = now + PLAIN_SECONDS
+            rate = (self.done - self._first) / max(now - self._start, 1e-9)
+            eta = f"{(self.total - self.done) / rate:.0f} s" if rate else "unknown"
+            say(f"{self.done} / {self.total} {self.unit}, {rate:.3g}/s, eta {eta} {note}".rstrip())
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+def catch_signals() -> None:
+    """First SIGINT or SIGTERM: finish the shard or checkpoint, then stop.  The second one leaves at once."""
+    signal.signal(signal.SIGINT, _on_signal)
+    signal.signal(signal.SIGTERM, _on_signal)
+
+
+def _on_signal(signum: int, frame: FrameType | None) -> None:
+    global _signal
+    if _signal is not None:
+        os._exit(128 + signum)
+    _signal = signum
+    say("stopping after the current shard or checkpoint; once more to leave at once")
+
+
+def stop_requested() -> bool:
+    """Whether a signal has asked this process to stop."""
+    return _signal is not None
+
+
+def check_stop() -> None:
+    """Raise Interrupted if a stop was requested: call it where everything done so far is saved."""
+    if _signal is not None:
+        raise Interrupted(_signal)

@@ -1,0 +1,225 @@
+"""Run one stage: plan, look for the result, else make it in a draft; here, or in a child process of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from bnfctl import console, durable, stages
+from bnfctl.artifact import Artifact, Pinned, Plan, Store
+from bnfctl.config import CONFIGS
+from bnfctl.errors import BnfctlError, UsageError
+from bnfctl.options import as_json, decode, flag_name
+
+LOG_NAME = "stage.log"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What running a stage gave."""
+
+    artifact: Artifact
+    cached: bool
+    seconds: float
+
+
+def plan(stage: str, config: Any, store: Store, prepare: Callable[[stages.Prerequisite], Artifact | None]) -> Plan:
+    """The stage's plan; `prepare` runs what has to come first (or returns None: then the plan says so)."""
+    while True:
+        found = stages.module(stage).plan(config, store)
+        if isinstance(found, Plan):
+            return found
+        made = prepare(found)
+        if made is None:
+            missing = Pinned("artifact", f"a {found.stage} to be made", None, None, found.why)
+            return Plan(stage, stages.module(stage).VERSION, config, {found.field: missing})
+        config = dataclasses.replace(config, **{found.field: str(made.path)})
+
+
+def execute(stage: str, config: Any, store: Store, *, force: bool = False, name: str | None = None) -> Outcome:
+    """Run a stage in this process and return its artifact, made or found."""
+    started = time.monotonic()
+
+    def prepare(first: stages.Prerequisite) -> Artifact:
+        console.say(first.why)
+        return execute(first.stage, first.config, store).artifact
+
+    planned = plan(stage, config, store, prepare)
+    for note in planned.notes:
+        console.say(note)
+    for pinned in planned.unresolved:
+        raise UsageError(f"could not resolve {pinned.ref}: {pinned.why}", hint="bnfctl doctor checks the hub access")
+    artifact = None if force else store.get(stage, planned.key)
+    cached = artifact is not None
+    if artifact is None:
+        artifact, cached = _make(planned, store, force)
+    if cached:
+        console.say(f"cached {artifact.ref}{engine_note(artifact)}")
+    if name is not None:
+        store.set_name(name, artifact.ref)
+    return Outcome(artifact, cached, time.monotonic() - started)
+
+
+def _make(planned: Plan, store: Store, force: bool) -> tuple[Artifact, bool]:
+    with store.draft(planned) as draft:
+        found = None if force else store.get(planned.stage, planned.key)
+        if found is not None:
+            return found, True
+        if force:
+            draft.discard()
+        draft.open()
+        try:
+            return draft.publish(stages.module(planned.stage).run(planned.config, draft)), False
+        except BnfctlError:
+            raise
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise _unexpected(error, draft.path) from error
+            what = f"no room to write: {error.strerror}"
+            raise BnfctlError(what, where=str(store.home), hint="free some disk (bnfctl gc), then the same command") from None
+        except Exception as error:
+            raise _unexpected(error, draft.path) from error
+
+
+def _unexpected(error: Exception, draft: Path) -> BnfctlError:
+    """A fault that is not the user's: the traceback goes to the draft's log, the message to the user."""
+    log = draft / "log" / "traceback.txt"
+    text = traceback.format_exc()
+    try:
+        log.write_text(text, encoding="utf-8")
+    except OSError:
+        console.say(text)
+    if "out of memory" in str(error).lower():
+        return BnfctlError(f"out of memory: {error}", where=str(log), hint="a smaller --micro-tokens or --chunk")
+    return BnfctlError(f"{type(error).__name__}: {error}", where=str(log), hint="the same command resumes")
+
+
+def engine_note(artifact: Artifact) -> str:
+    """` (made with vllm 0.31, ...)` where the engine that made it is not today's."""
+    engine = artifact.manifest.provenance.get("engine")
+    if not engine or " " not in engine:
+        return ""
+    from importlib.metadata import PackageNotFoundError, version
+
+    package, made = engine.split(" ", 1)
+    try:
+        today = version(package)
+    except PackageNotFoundError:
+        return f" (made with {engine})"
+    return "" if made == today else f" (made with {engine}; {today} is installed)"
+
+
+def run_child(stage: str, config: Any, planned: Plan, store: Store, *, label: str, force: bool) -> Outcome:
+    """Run a stage in a child of its own, so that its memory, GPU memory too, is really freed.
+
+    The child's stderr is shown behind `[label]` and kept in log/stage.log of its draft.  BnfctlError carries
+    the child's own error and exit code, with the log's path.
+    """
+    started = time.monotonic()
+    draft = store.draft_path(stage, planned.key)
+    (draft / "log").mkdir(parents=True, exist_ok=True)
+    result = draft / "log" / "result.json"
+    result.unlink(missing_ok=True)
+    request = draft / "log" / "request.json"
+    durable.write_json(
+        request,
+        {"stage": stage, "config": as_json(config), "home": str(store.home), "force": force,
+         "result": str(result), "parent": os.getpid()},
+    )  # fmt: skip
+    command = [sys.executable, "-m", "bnfctl.launch", str(request)]
+    with open(draft / "log" / LOG_NAME, "ab") as log:
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+        )
+        assert child.stderr is not None
+        reader = threading.Thread(target=_relay, args=(child.stderr, log, label), daemon=True)
+        reader.start()
+        _wait(child)
+        reader.join(timeout=10)
+    published = store.get(stage, planned.key)
+    where = f"log: {(published.path if published and child.returncode == 0 else draft) / 'log' / LOG_NAME}"
+    if child.returncode != 0 or published is None:
+        raise _child_error(child.returncode, result, where)
+    return Outcome(published, False, time.monotonic() - started)
+
+
+def _wait(child: subprocess.Popen[bytes]) -> None:
+    forwarded = False
+    while child.poll() is None:
+        try:
+            child.wait(timeout=0.1)
+        except subprocess.TimeoutExpired:
+            if console.stop_requested() and not forwarded:
+                forwarded = True
+                child.send_signal(signal.SIGTERM)
+
+
+def _relay(stream: IO[bytes], log: IO[bytes], label: str) -> None:
+    for line in stream:
+        log.write(line)
+        log.flush()
+        console.say(f"[{label}] {line.decode('utf-8', 'replace').rstrip()}")
+
+
+def _child_error(code: int, result: Path, where: str) -> BnfctlError:
+    console.check_stop()
+    try:
+        raw = json.loads(result.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raw = {"error": f"the stage's process ended with {code}", "exit_code": 1, "where": None, "hint": None}
+    places = where if raw["where"] is None else f"{raw['where']}; {where}"
+    error = BnfctlError(raw["error"], where=places, hint=raw["hint"])
+    error.exit_code = raw["exit_code"]
+    return error
+
+
+def die_with_parent(parent: int) -> None:
+    """End this process when `parent` ends, even by `kill -9`: drafts are safe at any moment."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def config_from_json(stage: str, raw: dict[str, Any]) -> Any:
+    """A stage's config from its JSON form."""
+    cls = CONFIGS[stage]
+    return cls(**{name: decode(cls, name, value, flag_name(name)) for name, value in raw.items()})
+
+
+def _child(request: Path) -> int:
+    raw = json.loads(request.read_text(encoding="utf-8"))
+    die_with_parent(raw["parent"])
+    console.claim_stdout()
+    console.catch_signals()
+    result = Path(raw["result"])
+    try:
+        execute(raw["stage"], config_from_json(raw["stage"], raw["config"]), Store(Path(raw["home"])), force=raw["force"])
+        return 0
+    except BnfctlError as error:
+        console.report(error)
+        durable.write_json(result, error.as_dict())
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(_child(Path(sys.argv[1])))

@@ -1,0 +1,68 @@
+"""Which model is meant, pinned: a hub commit, a folder's content, a train artifact, or the lab's.
+
+Imports no torch, so that keys and dry runs cost nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bnfctl import hub
+from bnfctl.artifact import Pinned, Store
+from bnfctl.errors import UsageError
+from bnfctl.tables import MODELS, load
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spm.model", "vocab.json", "vocab.txt")
+
+
+def pin_model(ref: str, store: Store, where: str = "--model") -> Pinned:
+    """The model behind `ref`; UsageError where no reading of it fits.
+
+    Tried in order: a name of the package (lab), a train artifact, a folder, a hub id.
+    """
+    if ref in MODELS:
+        folder = Path(load(MODELS, ref, "model"))
+        return Pinned("lab", ref, store.digests.folder(folder), str(folder))
+    artifact = store.search(ref)
+    if artifact is not None:
+        store.find(ref, "train", where)
+        return artifact.pinned()
+    folder = Path(ref).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+        return Pinned("folder", str(folder.absolute()), store.digests.folder(folder), str(folder.absolute()))
+    if hub.looks_like_hub(ref):
+        commit, why = hub.commit_of(ref, "model")
+        name, _ = hub.split_revision(ref)
+        return Pinned("hub-model", f"{name}@{commit}" if commit else ref, commit, None, why or None)
+    raise UsageError(
+        f"no model '{ref}'", where=where, hint="a hub id (owner/name), a folder, a train artifact (bnfctl ls train) or lab"
+    )
+
+
+def model_dir(pinned: Pinned) -> Path:
+    """The local folder of a pinned model; downloads a hub model that the cache lacks."""
+    if pinned.kind == "hub-model":
+        return hub.download_model(pinned.ref)
+    assert pinned.path is not None
+    return Path(pinned.path) / "model" if pinned.kind == "artifact" else Path(pinned.path)
+
+
+def same_model(name: str, pinned: Pinned) -> bool:
+    """Whether a recorded input (its ref) names this model, at whatever revision."""
+    return hub.split_revision(name)[0] == hub.split_revision(pinned.ref)[0]
+
+
+def _check_folder(folder: Path) -> None:
+    where = str(folder)
+    if not (folder / "config.json").is_file():
+        raise UsageError("a model folder needs config.json", where=where, hint="give the folder that has it")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"broken JSON: {error}", where=f"{where}/config.json") from None
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UsageError(
+            "model folder without tokenizer", where=where, hint="save it there: tokenizer.save_pretrained(folder)"
+        )

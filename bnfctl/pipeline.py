@@ -1,0 +1,252 @@
+"""Pipelines: named steps in one YAML file, each run by a child process, each found again when nothing changed.
+
+    vars: {model: lab}
+    steps:
+      responses: {stage: generate, model: "${vars.model}", prompts: "lab:chat"}
+      rewards:   {stage: score, input: responses, rule: lab}
+
+A step's input may name an earlier step; everything else is a field of the stage's config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bnfctl import console, launch, stages
+from bnfctl.artifact import Artifact, Plan, Store
+from bnfctl.config import CONFIGS, train_recipe
+from bnfctl.errors import BnfctlError, UsageError, nearest
+from bnfctl.options import check_keys, fields, read_yaml, resolve
+
+_VARIABLE = re.compile(r"\$\{([^}]*)\}")
+_TOP = ("name", "vars", "steps")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: a stage and the config that the file and the variables give it."""
+
+    name: str
+    stage: str
+    raw: dict[str, Any]
+    where: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a step went."""
+
+    step: Step
+    artifact: Artifact
+    cached: bool
+    seconds: float
+
+
+def read(path: Path, settings: Iterable[str] = ()) -> list[Step]:
+    """The steps of a file, variables filled in; `settings` are `vars.NAME=VALUE`, as --set gives them."""
+    document = read_yaml(path)
+    if not isinstance(document, Mapping):
+        raise UsageError("expected `vars:` and `steps:`", where=str(path))
+    for key in document:
+        if key not in _TOP:
+            raise UsageError(f"unknown key '{key}'{nearest(key, _TOP)}", where=str(path), hint=f"known: {', '.join(_TOP)}")
+    variables = _variables(document.get("vars") or {}, settings, path)
+    steps = document.get("steps")
+    if not isinstance(steps, Mapping) or not steps:
+        raise UsageError("no steps", where=str(path), hint="steps: {NAME: {stage: generate, ...}, ...}")
+    return [_step(name, raw, variables, path) for name, raw in steps.items()]
+
+
+def _variables(given: Any, settings: Iterable[str], path: Path) -> dict[str, str]:
+    if not isinstance(given, Mapping):
+        raise UsageError("vars are `name: value` lines", where=str(path))
+    variables = {str(name): value for name, value in given.items()}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name.startswith("vars."):
+            raise UsageError(f"not a setting: '{setting}'", where="--set", hint="--set vars.NAME=VALUE")
+        name = name.removeprefix("vars.")
+        if name not in variables:
+            known = ", ".join(variables) or "none"
+            raise UsageError(f"no variable '{name}'{nearest(name, variables)}", where="--set", hint=f"{path} has: {known}")
+        variables[name] = value
+    return variables
+
+
+def _step(name: str, raw: Any, variables: Mapping[str, str], path: Path) -> Step:
+    where = f"{path}: steps.{name}"
+    if not isinstance(raw, Mapping) or "stage" not in raw:
+        raise UsageError("a step needs a stage", where=where, hint=f"stage: {' | '.join(CONFIGS)}")
+    stage = _fill(raw["stage"], variables, where)
+    if stage not in CONFIGS:
+        raise UsageError(f"unknown stage '{stage}'{nearest(stage, CONFIGS)}", where=where, hint=", ".join(CONFIGS))
+    values = {key: _fill(value, variables, f"{where}.{key}") for key, value in raw.items() if key != "stage"}
+    check_keys(CONFIGS[stage], values, where)
+    return Step(name, stage, values, where)
+
+
+def _fill(value: Any, variables: Mapping[str, str], where: str) -> Any:
+    if isinstance(value, list):
+        return [_fill(item, variables, where) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name = match.group(1).removeprefix("vars.")
+        if not match.group(1).startswith("vars.") or name not in variables:
+            hint = f"variables: {', '.join(f'${{vars.{known}}}' for known in variables) or 'none'}"
+            raise UsageError(f"unknown variable {match.group(0)}", where=where, hint=hint)
+        return str(variables[name])
+
+    return _VARIABLE.sub(replace, value)
+
+
+class Run:
+    """One run of a pipeline: its steps in order, and what each of them made."""
+
+    def __init__(self, steps: list[Step], store: Store, *, start: str | None = None, force: bool = False) -> None:
+        names = [step.name for step in steps]
+        if start is not None and start not in names:
+            raise UsageError(f"no step '{start}'{nearest(start, names)}", where="--from", hint=f"steps: {', '.join(names)}")
+        self.steps, self.store, self.force = steps, store, force
+        self.first = names.index(start) if start else 0
+        self.made: dict[str, Artifact | None] = {}
+        for step in steps:
+            self._check_order(step, names)
+            self.config(step, placeholders=True)
+
+    def _check_order(self, step: Step, names: list[str]) -> None:
+        later = set(names[names.index(step.name) :])
+        for field in fields(CONFIGS[step.stage]):
+            if field.metadata["input"] and step.raw.get(field.name) in later:
+                raise UsageError(
+                    f"{field.name}: step '{step.raw[field.name]}' does not come before", where=step.where,
+                    hint="move that step up",
+                )  # fmt: skip
+
+    def config(self, step: Step, placeholders: bool = False) -> Any:
+        """The step's config, with the names of earlier steps turned into the paths of their artifacts."""
+        cls = CONFIGS[step.stage]
+        values = dict(step.raw)
+        for field in fields(cls):
+            made = self.made.get(values.get(field.name, "")) if field.metadata["input"] else None
+            if made is not None and not placeholders:
+                values[field.name] = str(made.path)
+        try:
+            return resolve(cls, values, recipe=train_recipe if step.stage == "train" else None)[0]
+        except UsageError as error:
+            raise UsageError(error.what, where=f"{step.where} ({error.where})", hint=error.hint) from None
+
+    def waits_for(self, step: Step) -> str | None:
+        """The earlier step whose artifact this one needs and that is not made yet (in a dry run)."""
+        inputs = (step.raw.get(field.name) for field in fields(CONFIGS[step.stage]) if field.metadata["input"])
+        return next((name for name in inputs if name in self.made and self.made[name] is None), None)
+
+    def plan(self, step: Step, prepare: Any) -> Plan:
+        return launch.plan(step.stage, self.config(step), self.store, prepare)
+
+    def dry(self) -> list[tuple[Step, str]]:
+        """(step, what would happen) for each step; loads no model, makes nothing."""
+        verdicts = []
+        for index, step in enumerate(self.steps):
+            self.made[step.name], verdict = self._dry_step(index, step)
+            verdicts.append((step, verdict))
+        return verdicts
+
+    def _dry_step(self, index: int, step: Step) -> tuple[Artifact | None, str]:
+        needs = self.waits_for(step)
+        if needs is not None:
+            return None, f"to be made after {needs}"
+        planned = self.plan(step, lambda first: None)
+        unresolved = "; ".join(f"{pinned.ref}: {pinned.why}" for pinned in planned.unresolved)
+        if unresolved:
+            return None, f"to be made; not resolved here: {unresolved}"
+        artifact = self.store.get(step.stage, planned.key)
+        if artifact is None or (self.force and index >= self.first):
+            return None, f"to be made as {step.stage}/{planned.key[:12]}"
+        return artifact, f"cached {artifact.ref}"
+
+    def run(self) -> list[Result]:
+        """Make or find every step's artifact; the first failure ends the run, a rerun resumes there."""
+        results = []
+        for index, step in enumerate(self.steps):
+            result = self._run_step(index, step)
+            self.made[step.name] = result.artifact
+            results.append(result)
+        return results
+
+    def _run_step(self, index: int, step: Step) -> Result:
+        console.check_stop()
+        planned = self.plan(step, lambda first: self._prepare(step, first))
+        for pinned in planned.unresolved:
+            raise UsageError(f"could not resolve {pinned.ref}: {pinned.why}", where=step.where, hint="bnfctl doctor")
+        force = self.force and index >= self.first
+        found = None if force else self.store.get(step.stage, planned.key)
+        if found is not None:
+            console.say(f"[{step.name}] cached {found.ref}{launch.engine_note(found)}")
+        elif index < self.first:
+            raise UsageError(
+                f"step '{step.name}' comes before --from and is not made yet", where=step.where,
+                hint=f"start earlier: --from {step.name}",
+            )  # fmt: skip
+        if found is not None:
+            outcome = launch.Outcome(found, True, 0.0)
+        else:
+            outcome = self._make(step, planned, force)
+        if step.stage == "eval":
+            stages.module("eval").check(planned.config, outcome.artifact)
+        return Result(step, outcome.artifact, outcome.cached, outcome.seconds)
+
+    def _make(self, step: Step, planned: Plan, force: bool) -> launch.Outcome:
+        console.say(f"[{step.name}] {step.stage} -> {step.stage}/{planned.key[:12]}")
+        try:
+            return launch.run_child(step.stage, planned.config, planned, self.store, label=step.name, force=force)
+        except BnfctlError as error:
+            error.where = f"{step.where}; {error.where}" if error.where else step.where
+            raise
+
+    def _prepare(self, step: Step, first: stages.Prerequisite) -> Artifact:
+        console.say(f"[{step.name}] {first.why}")
+        planned = launch.plan(first.stage, first.config, self.store, lambda before: self._prepare(step, before))
+        for pinned in planned.unresolved:
+            raise UsageError(f"could not resolve {pinned.ref}: {pinned.why}", where=step.where, hint="bnfctl doctor")
+        found = self.store.get(first.stage, planned.key)
+        return found or self._make(dataclasses.replace(step, stage=first.stage), planned, False).artifact
+
+
+def headline(artifact: Artifact) -> str:
+    """What a step gave, in a few words."""
+    summary = artifact.manifest.summary
+    if artifact.manifest.stage == "eval":
+        parts = []
+        for name, result in summary["tasks"].items():
+            gain = f" ({result['gain']:+.3f} [{result['gain_low']:+.3f}, {result['gain_high']:+.3f}])" if "gain" in result else ""
+            parts.append(f"{name} {result['mean']:.3f}{gain}")
+        return ", ".join(parts)
+    shown = ("prompts", "candidates", "mean_reward", "null_rewards", "records", "train", "test", "steps", "tokens")
+    return ", ".join(f"{name} {summary[name]}" for name in shown if summary.get(name) is not None)
+
+
+def table(results: list[Result]) -> str:
+    """The table at the end of a run."""
+    rows = [
+        [r.step.name, r.step.stage, "cached" if r.cached else f"{r.seconds:.1f} s", r.artifact.ref, headline(r.artifact)]
+        for r in results
+    ]
+    return console.table("", ["step", "stage", "time", "artifact", "result"], rows, right=(2,))
+
+
+def as_document(results: list[Result]) -> dict[str, Any]:
+    """The run as one JSON document."""
+    return {
+        "steps": [
+            {"step": r.step.name, "stage": r.step.stage, "cached": r.cached, "seconds": round(r.seconds, 2),
+             "artifact": str(r.artifact.path), "digest": r.artifact.manifest.digest, "summary": r.artifact.manifest.summary}
+            for r in results
+        ]
+    }  # fmt: skip

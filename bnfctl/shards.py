@@ -1,0 +1,99 @@
+"""Parquet rows: parts while a stage works, shards in input order when it is done.
+
+A part is one durable file of whole records, written as soon as they are ready, in any order.  At publish the
+parts are rewritten in input order into shards of fixed size, so that order of completion, number of workers
+and interruptions leave no trace in the bytes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bnfctl import durable
+
+SHARD_ROWS = 8192
+"""Rows per shard: about 100 MB of candidates of 2,000 tokens."""
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+IDS = pa.list_(pa.int32())
+
+
+def write_parquet(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
+    """One Parquet file (zstd), atomically and durably."""
+    table = pa.Table.from_pylist([_encodable(row) for row in rows], schema=schema)
+    durable.write_file(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+
+
+def read_parquet(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of one file, a batch at a time."""
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
+            yield from batch.to_pylist()
+
+
+def read_rows(folder: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """All rows of a folder of shards, in order, never more than a batch in memory."""
+    for path in sorted(folder.glob("*.parquet")):
+        yield from read_parquet(path, columns)
+
+
+def count_rows(folder: Path) -> int:
+    """The number of rows in a folder of shards, from the files' footers."""
+    return sum(pq.read_metadata(path).num_rows for path in folder.glob("*.parquet"))
+
+
+def write_shards(folder: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> int:
+    """Write rows, already in their final order, as shards of SHARD_ROWS; returns how many rows."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    total, pending = 0, []
+    for row in rows:
+        pending.append(row)
+        if len(pending) == SHARD_ROWS:
+            write_parquet(folder / f"{total // SHARD_ROWS:05d}.parquet", pending, schema)
+            total, pending = total + len(pending), []
+    if pending or not total:
+        write_parquet(folder / f"{total // SHARD_ROWS:05d}.parquet", pending, schema)
+    return total + len(pending)
+
+
+class Parts:
+    """The unfinished rows of a draft: numbered parts, each holding all rows of one unit of work.
+
+    A unit (a chunk of prompts) is done when its part exists, whatever process wrote it.
+    """
+
+    def __init__(self, folder: Path, schema: pa.Schema) -> None:
+        self.folder, self.schema = folder, schema
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def done(self) -> set[int]:
+        """The units whose part is whole."""
+        return {int(path.stem) for path in self.folder.glob("[0-9]*.parquet")}
+
+    def write(self, unit: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Save one unit's rows durably."""
+        write_parquet(self.folder / f"{unit:07d}.parquet", rows, self.schema)
+
+    def publish(self, target: Path) -> int:
+        """Rewrite all parts in unit order into `target`; returns the number of rows."""
+        return write_shards(target, read_rows(self.folder), self.schema)
+
+
+def _encodable(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with lone surrogates (broken text from a file) replaced: Parquet strings are UTF-8."""
+    return {name: _clean(value) for name, value in row.items()}
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [{name: _clean(item) for name, item in part.items()} for part in value]
+    return value

@@ -1,0 +1,184 @@
+"""eval: grade a model on tasks, and compare it with another on the same items."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from bnfctl import console, samplers, shards, tasks
+from bnfctl.artifact import Artifact, Draft, Plan, Store
+from bnfctl.config import EvalConfig
+from bnfctl.data.records import Prompt
+from bnfctl.errors import BnfctlError, GateError, UsageError, nearest
+from bnfctl.model.source import model_dir, pin_model
+from bnfctl.tasks import statistics
+
+STAGE, VERSION = "eval", 1
+
+SCHEMA = pa.schema(
+    [
+        ("task", pa.string()),
+        ("item_id", pa.string()),
+        ("prompt", shards.MESSAGES),
+        ("response", pa.string()),
+        ("tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("grade", pa.float64()),
+        ("extra", pa.string()),
+    ]
+)
+"""One row per item of a task, in the task's order."""
+
+_GATE = re.compile(r"\s*([a-z0-9-]+)(?:\.(mean|low|high|gain|gain_low|gain_high))?\s*(>=|<=|>|<)\s*(\S+)\s*")
+
+
+def plan(config: EvalConfig, store: Store) -> Plan:
+    """Resolve the model, the sampler and the base's grades."""
+    for gate in config.require:
+        _parse_gate(gate, config)
+    sampler = samplers.resolve(config.sampler)
+    notes = (f"sampler: {sampler}",) if config.sampler == "auto" else ()
+    inputs = {"model": pin_model(config.model, store, "MODEL")}
+    if config.base is not None:
+        base = store.find(config.base, "eval", "--base")
+        for name in config.tasks:
+            if name not in base.manifest.summary["tasks"]:
+                hint = f"bnfctl eval {base.manifest.config['model']} --tasks {','.join(config.tasks)}"
+                raise UsageError(f"the base has no grades for {name}", where="--base", hint=hint)
+        inputs["base"] = base.pinned()
+    return Plan(STAGE, VERSION, dataclasses.replace(config, sampler=sampler), inputs, notes)
+
+
+def run(config: EvalConfig, draft: Draft) -> dict[str, Any]:
+    """Write one row per item; returns mean, interval and gain per task."""
+    folder = model_dir(draft.inputs["model"])
+    runner = _Runner(config, folder, draft)
+    found = [tasks.make(name) for name in config.tasks]
+    items = {task.name: task.requests(config.limit) for task in found}
+    parts = shards.Parts(draft.scratch / "parts", SCHEMA)
+    done, unit = parts.done(), 0
+    with console.Progress(sum(map(len, items.values())), "items") as progress:
+        for task in found:
+            for start in range(0, len(items[task.name]), config.chunk):
+                chunk = items[task.name][start : start + config.chunk]
+                if unit not in done:
+                    parts.write(unit, list(runner.grade(task, chunk, start // config.chunk)))
+                    console.check_stop()
+                unit += 1
+                progress.advance(len(chunk))
+    parts.publish(draft.path / "rows")
+    base = draft.artifact("base") if "base" in draft.inputs else None
+    rows = list(shards.read_rows(draft.path / "rows", ["task", "item_id", "tokens", "grade"]))
+    return {"tasks": {task.name: _aggregate(task, rows, base) for task in found}}
+
+
+class _Runner:
+    """Samplers for the decodings of the tasks; a model is loaded once, when it is first needed."""
+
+    def __init__(self, config: EvalConfig, folder: Path, draft: Draft) -> None:
+        self.config, self.folder, self.draft = config, folder, draft
+        self._sampler: samplers.Sampler | None = None
+
+    def grade(self, task: tasks.Task, chunk: Any, index: int) -> Iterator[dict[str, Any]]:
+        """The rows of one chunk of a task's items."""
+        decoding = samplers.Decoding(
+            n=1, **dataclasses.asdict(task.decoding), seed=self.config.seed, chunk=self.config.chunk,
+            dtype=self.config.dtype, gpu_memory=self.config.gpu_memory, trust_remote_code=self.config.trust_remote_code,
+        )  # fmt: skip
+        if self._sampler is None:
+            self._sampler = samplers.make(self.config.sampler, self.folder, decoding)
+            self.draft.provenance["engine"] = self._sampler.version
+        samplers.check_prompts(self.folder, chunk, decoding, "error")
+        by_id: Mapping[str, Prompt] = {prompt.id: prompt for prompt in chunk}
+        for candidate in self._sampler.sample(chunk, index, decoding):
+            prompt = by_id[candidate.prompt_id]
+            graded = task.grade(prompt, candidate.text)
+            yield {
+                "task": task.name,
+                "item_id": prompt.id,
+                "prompt": list(prompt.messages),
+                "response": candidate.text,
+                "tokens": len(candidate.token_ids or ()),
+                "finish_reason": candidate.finish_reason,
+                "grade": graded.value,
+                "extra": json.dumps(graded.extra, sort_keys=True, ensure_ascii=False) if graded.extra else None,
+            }
+
+
+def _aggregate(task: tasks.Task, rows: list[dict[str, Any]], base: Artifact | None) -> dict[str, Any]:
+    mine = [row for row in rows if row["task"] == task.name]
+    grades = {row["item_id"]: row["grade"] for row in mine if row["grade"] is not None}
+    if not grades:
+        raise BnfctlError(f"{task.name}: no item could be graded", hint="bnfctl show of the rows tells what was answered")
+    interval = statistics.wilson if task.binary else statistics.mean_interval
+    result = {
+        "version": task.version,
+        "ungraded": len(mine) - len(grades),
+        "tokens": round(sum(row["tokens"] for row in mine) / len(mine), 2),
+        **dataclasses.asdict(interval(list(grades.values()))),
+    }
+    if base is None:
+        return result
+    if base.manifest.summary["tasks"][task.name]["version"] != task.version:
+        raise BnfctlError(f"{task.name}: the base was graded by another version", hint="evaluate the base again")
+    theirs = {r["item_id"]: r["grade"] for r in base.rows(["task", "item_id", "grade"]) if r["task"] == task.name}
+    both = [item for item in grades if theirs.get(item) is not None]
+    if not both:
+        raise BnfctlError(f"{task.name}: policy and base share no graded item", hint="use the same --limit for both")
+    gain = statistics.paired_difference([grades[i] for i in both], [theirs[i] for i in both])
+    return {
+        **result, "base_mean": sum(theirs[i] for i in both) / len(both), "paired": gain.n,
+        "gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high,
+    }  # fmt: skip
+
+
+def _parse_gate(gate: str, config: EvalConfig) -> tuple[str, str, str, float]:
+    """(task, figure, comparison, bound) of `task[.figure]>=x`."""
+    match = _GATE.fullmatch(gate)
+    if match is None:
+        raise UsageError(f"not a gate: '{gate}'", where="--require", hint="e.g. lab-chat>=0.5 or lab-chat.gain>=0.15")
+    task, figure, comparison, bound = match.groups()
+    if task not in config.tasks:
+        raise UsageError(f"no task '{task}' here{nearest(task, config.tasks)}", where="--require")
+    if (figure or "").startswith("gain") and config.base is None:
+        raise UsageError("a gain needs --base", where="--require", hint="--base EVAL_ARTIFACT of the base model")
+    try:
+        return task, figure or "mean", comparison, float(bound)
+    except ValueError:
+        raise UsageError(f"'{bound}' is not a number", where="--require") from None
+
+
+def check(config: EvalConfig, artifact: Artifact) -> None:
+    """Apply the gates to a published result; GateError says what fell short and by how much."""
+    short = []
+    for gate in config.require:
+        task, figure, comparison, bound = _parse_gate(gate, config)
+        value = artifact.manifest.summary["tasks"][task][figure]
+        holds = {">=": value >= bound, "<=": value <= bound, ">": value > bound, "<": value < bound}[comparison]
+        if not holds:
+            short.append(f"{task}.{figure} is {value:.4f}, not {comparison} {bound:g}")
+    if short:
+        raise GateError("; ".join(short), where=artifact.ref, hint=f"bnfctl show {artifact.ref} has all figures")
+
+
+def table_of(artifact: Artifact) -> str:
+    """The result as a table for people: mean, interval, gain."""
+    rows = []
+    for name, r in artifact.manifest.summary["tasks"].items():
+        cells = [name, r["n"], f"{r['mean']:.3f}", f"[{r['low']:.3f}, {r['high']:.3f}]"]
+        if "gain" in r:
+            cells += [f"{r['base_mean']:.3f}", f"{r['gain']:+.3f}", f"[{r['gain_low']:+.3f}, {r['gain_high']:+.3f}]"]
+        rows.append([*cells, r["tokens"]])
+    compared = ["base", "gain", "95 % of the gain"] if any("gain" in r for r in _results(artifact)) else []
+    columns = ["task", "n", "mean", "95 %", *compared, "tokens"]
+    return console.table(artifact.manifest.config["model"], columns, rows, right=range(1, len(columns)))
+
+
+def _results(artifact: Artifact) -> list[dict[str, Any]]:
+    return list(artifact.manifest.summary["tasks"].values())

@@ -1,0 +1,82 @@
+"""score: give every candidate a reward."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from bnfctl import console, scorers, shards
+from bnfctl.artifact import Draft, Plan, Store
+from bnfctl.config import GenerateConfig, ScoreConfig
+from bnfctl.data.candidates import groups
+from bnfctl.data.records import Group, Reward
+from bnfctl.errors import UsageError
+from bnfctl.model.source import model_dir, pin_model
+from bnfctl.stages import Prerequisite
+
+STAGE, VERSION = "score", 1
+UNIT = 256
+"""Groups per part: what a killed run loses at most."""
+
+SCHEMA = pa.schema(
+    [("prompt_id", pa.string()), ("sample", pa.int32()), ("reward", pa.float64()), ("extra", pa.string())]
+)
+"""One row per candidate, in the order of the generate artifact; extra is JSON, or null."""
+
+
+def plan(config: ScoreConfig, store: Store) -> Plan | Prerequisite:
+    """Resolve the candidates and the reward model; a file of responses is imported first."""
+    if config.input.endswith((".jsonl", ".json")) and store.search(config.input) is None:
+        imported = GenerateConfig(prompts=config.input, sampler="file")
+        return Prerequisite("generate", imported, "input", f"{config.input} is imported as candidates")
+    inputs = {"input": store.find(config.input, "generate", "INPUT").pinned()}
+    if config.scorer == "reward-model":
+        if config.model is None:
+            raise UsageError("reward-model needs a model", where="--model", hint="a one-label classifier: id or folder")
+        inputs["model"] = pin_model(config.model, store)
+    return Plan(STAGE, VERSION, config, inputs)
+
+
+def run(config: ScoreConfig, draft: Draft) -> dict[str, Any]:
+    """Write one row per candidate; returns the counts and the mean reward."""
+    source = draft.artifact("input")
+    total = source.manifest.summary["prompts"]
+    folder = model_dir(draft.inputs["model"]) if "model" in draft.inputs else None
+    parts = shards.Parts(draft.scratch / "parts", SCHEMA)
+    done = parts.done()
+    scorer = scorers.make(config, folder) if len(done) * UNIT < total else None
+    with console.Progress(total, "prompts") as progress:
+        for unit, batch in enumerate(_units(groups(source.rows()))):
+            if unit not in done:
+                assert scorer is not None
+                parts.write(unit, [row for group, rewards in zip(batch, scorer.score(batch), strict=True)
+                                   for row in _rows(group, rewards)])  # fmt: skip
+                console.check_stop()
+            progress.advance(len(batch))
+    parts.publish(draft.path / "rows")
+    return _measure(shards.read_rows(draft.path / "rows", ["reward"]))
+
+
+def _units(found: Iterator[Group]) -> Iterator[list[Group]]:
+    while batch := list(islice(found, UNIT)):
+        yield batch
+
+
+def _rows(group: Group, rewards: list[Reward]) -> Iterator[dict[str, Any]]:
+    for candidate, reward in zip(group.candidates, rewards, strict=True):
+        extra = json.dumps(reward.extra, sort_keys=True, ensure_ascii=False) if reward.extra else None
+        yield {"prompt_id": group.prompt.id, "sample": candidate.sample, "reward": reward.value, "extra": extra}
+
+
+def _measure(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    count, null, total = 0, 0, 0.0
+    for row in rows:
+        count += 1
+        null += row["reward"] is None
+        total += row["reward"] or 0.0
+    mean = round(total / (count - null), 6) if count > null else None
+    return {"candidates": count, "null_rewards": null, "mean_reward": mean}

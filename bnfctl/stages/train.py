@@ -1,0 +1,77 @@
+"""train: align a model with preference records."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from bnfctl import console
+from bnfctl.artifact import Artifact, Draft, Plan, Store
+from bnfctl.config import PUBLISHED_SETS, BuildConfig, TrainConfig
+from bnfctl.errors import UsageError
+from bnfctl.hub import split_revision
+from bnfctl.model.source import model_dir, pin_model
+from bnfctl.stages import Prerequisite
+
+STAGE, VERSION = "train", 1
+
+
+def plan(config: TrainConfig, store: Store) -> Plan | Prerequisite:
+    """Resolve the model and the data; without --data, the only build made from this model, or its published set."""
+    model = pin_model(config.model, store)
+    notes: list[str] = []
+    if config.data is None:
+        found = _builds_of(config.model, model.digest, store)
+        if len(found) > 1:
+            listed = ", ".join(artifact.ref for artifact in found)
+            raise UsageError(
+                f"several builds were made from {config.model}: {listed}", where="--data", hint=f"--data {found[-1].ref}"
+            )
+        if not found:
+            return _published(config)
+        config = dataclasses.replace(config, data=found[0].ref)
+        notes.append(f"data: {config.data}, the only build made from {split_revision(model.ref)[0]}")
+    assert config.data is not None
+    data = store.find(config.data, "build", "--data")
+    return Plan(STAGE, VERSION, config, {"model": model, "data": data.pinned()}, tuple(notes))
+
+
+def run(config: TrainConfig, draft: Draft) -> dict[str, Any]:
+    """Write model/ and metrics.jsonl; returns the last figures."""
+    from bnfctl.data.tokens import records
+    from bnfctl.training.loop import train
+
+    folder = model_dir(draft.inputs["model"])
+    build = draft.artifact("data")
+    train_set, test_set, counts = records(build.rows(), config, folder, build.manifest.summary["tokenizer"])
+    for name, count in counts.items():
+        if count:
+            console.say(f"{count} {name}")
+    summary = train(config, folder, train_set, test_set, draft.path)
+    draft.provenance.update(summary.pop("provenance"))
+    return {**summary, **counts}
+
+
+def _builds_of(name: str, digest: str | None, store: Store) -> list[Artifact]:
+    """The builds whose responses this model sampled: the same content, or the same hub name."""
+    found = []
+    for artifact in store.artifacts("build"):
+        made_by = artifact.manifest.summary.get("model") or {}
+        source = artifact.manifest.inputs["input"]
+        same_name = split_revision(made_by.get("ref", ""))[0] == split_revision(name)[0]
+        published = split_revision(source["ref"])[0] == PUBLISHED_SETS.get(split_revision(name)[0])
+        if (digest and made_by.get("digest") == digest) or same_name or published:
+            found.append(artifact)
+    return found
+
+
+def _published(config: TrainConfig) -> Prerequisite:
+    name = split_revision(config.model)[0]
+    if name not in PUBLISHED_SETS:
+        raise UsageError(
+            f"no preference data made from {config.model}",
+            where="--data",
+            hint=f"bnfctl generate --model {config.model} --prompts FILE, then score and build; or --data BUILD",
+        )
+    source = PUBLISHED_SETS[name]
+    return Prerequisite("build", BuildConfig(input=source), "data", f"{source}, the published set of {name}, is built first")

@@ -1,0 +1,50 @@
+"""Name -> "module:attribute" for everything that can be chosen by name.
+
+Plain strings, so that listing them imports nothing.  Adding one is one file and one line here.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from bnfctl.errors import UsageError, nearest
+
+LOSSES = {
+    "bnf": "bnfctl.losses.bnf:BNF",
+    "sft": "bnfctl.losses.likelihood:SFT",
+    "nll-pll": "bnfctl.losses.likelihood:NLLPLL",
+    "dpo": "bnfctl.losses.dpo:DPO",
+}
+SAMPLERS = {
+    "vllm": "bnfctl.samplers.vllm:VLLMSampler",
+    "hf": "bnfctl.samplers.hf:HFSampler",
+    "file": "bnfctl.samplers.file:FileSampler",
+}
+SCORERS = {
+    "rules": "bnfctl.scorers.rules:RulesScorer",
+    "reward-model": "bnfctl.scorers.classifier:ClassifierScorer",
+}
+RULES = {
+    "exact": "bnfctl.scorers.rules:exact",
+    "numeric": "bnfctl.scorers.rules:numeric",
+    "regex": "bnfctl.scorers.rules:regex",
+    "lab": "bnfctl.lab.tasks:reward",
+}
+TASKS = {
+    "lab-chat": "bnfctl.lab.tasks:ChatTask",
+    "lab-reasoning": "bnfctl.lab.tasks:ReasoningTask",
+    "lab-math": "bnfctl.lab.tasks:MathTask",
+}
+MODELS = {"lab": "bnfctl.lab:MODEL_PATH"}
+"""Models that come with the package."""
+PROMPTS = {"lab": "bnfctl.lab.world:prompts"}
+"""Prompt sources that come with the package, named `lab:FAMILY`."""
+
+
+def load(table: dict[str, str], name: str, what: str) -> Any:
+    """The object behind `name`; UsageError lists the known names."""
+    if name not in table:
+        raise UsageError(f"unknown {what} '{name}'{nearest(name, table)}", hint=f"one of: {', '.join(table)}")
+    module, attribute = table[name].split(":")
+    return getattr(import_module(module), attribute)
