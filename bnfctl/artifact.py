@@ -124,7 +124,7 @@ class Artifact:
 
         try:
             yield from read_rows(self.path / "rows", columns)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError is pyarrow's word for bytes that are no Parquet
             hint = f"bnfctl verify {self.ref}; then bnfctl rm {self.ref} and make it again"
             raise BnfctlError(f"corrupted artifact: {error}", where=str(self.path), hint=hint) from None
 

@@ -27,12 +27,16 @@ IDS = pa.list_(pa.int32())
 def write_parquet(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
     """One Parquet file (zstd), atomically and durably."""
     table = pa.Table.from_pylist([_encodable(row) for row in rows], schema=schema)
-    durable.write_file(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+    durable.write_file(path, lambda temporary: _write(table, temporary))
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of one file, a batch at a time."""
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
         for batch in file.iter_batches(batch_size=1024, columns=columns):
             yield from batch.to_pylist()
 

@@ -53,7 +53,7 @@ def train(
     kept = check_records(config, loss, train_set, test_set)
     plan = Plan(config, kept)
     started = time.monotonic()
-    run = _prepare(config, loss, plan, test_set, model_dir, work)
+    run = prepare(config, loss, plan, test_set, model_dir, work)
     state = checkpoint.restore(work, _asked(config), run.policy.model, run.optimizer)
     metrics = MetricsFile(work / METRICS_FILE, state.metrics_bytes)
     if state.step:
@@ -140,7 +140,7 @@ def adamw(config: TrainConfig, policy: Policy) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 
 
-def _prepare(
+def prepare(
     config: TrainConfig, loss: Loss, plan: Plan, test_set: Sequence[Record], model_dir: Path, work: Path
 ) -> Run:
     """Model, optimizer and reference, as they are before step 0."""
@@ -166,7 +166,7 @@ def _steps(run: Run, first: int, metrics: MetricsFile, work: Path) -> tuple[floa
         for step, positions in enumerate(run.plan.batches(first), start=first + 1):
             tick = time.monotonic()
             log = step % config.log_every == 0 or step == total
-            line = {"step": step, "split": "train", **_step(run, positions, step, log)}
+            line = {"step": step, "split": "train", **take_step(run, positions, step, log)}
             tokens += line["tokens"]
             if log:
                 metrics.append(line)
@@ -182,7 +182,7 @@ def _steps(run: Run, first: int, metrics: MetricsFile, work: Path) -> tuple[floa
     return time.monotonic() - begun, tokens
 
 
-def _step(run: Run, positions: list[int], step: int, log: bool) -> dict[str, Any]:
+def take_step(run: Run, positions: list[int], step: int, log: bool) -> dict[str, Any]:
     """One optimizer step (counted from 1); the numbers of its line, without the objective's where not logged."""
     config, loss, records = run.config, run.loss, run.plan.records
     data = step_data(records, positions, run.keep)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 307
@@ -30,8 +31,10 @@ def write_model(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0
         model = LlamaForCausalLM(tiny_config(**overrides)).to(dtype)
     model.save_pretrained(folder)
     words = {f"w{i}": i for i in range(VOCABULARY)}
+    splitting = Tokenizer(WordLevel(words, unk_token="w3"))
+    splitting.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w3")), bos_token="w1", eos_token="w2", pad_token="w0"
+        tokenizer_object=splitting, bos_token="w1", eos_token="w2", pad_token="w0"
     )
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tokenizer.save_pretrained(folder)
