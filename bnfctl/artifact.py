@@ -191,6 +191,8 @@ class Draft:
         """Make the folder, or take over what an interrupted run left in it."""
         for folder in (self.scratch, self.path / "log"):
             folder.mkdir(parents=True, exist_ok=True)
+        for torn in self.path.rglob(".*.tmp"):
+            shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
         (self.path / "manifest.json").unlink(missing_ok=True)
         durable.write_json(self.path / "config.json", as_json(self.plan.config))
 

@@ -34,7 +34,7 @@ app = typer.Typer(
 _HOME_DEFAULT = "artifacts"
 
 # Typer carries its own copy of click from 0.26 on: whichever it is, this is its base error.
-_ClickError = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+_ClickError: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 
 def _store(home: str | None) -> Store:
@@ -86,7 +86,7 @@ _COMMON: dict[str, Any] = {
 
 def _parameter(cls: type, field: Field[Any]) -> inspect.Parameter:
     """The typer parameter of a config field; its value stays text, to be decoded by the declared type."""
-    kind, optional, many = base_type(cls, field.name)
+    kind, _, many = base_type(cls, field.name)
     words = allowed(field)
     text = field.metadata["help"]
     if words is not None and len(words) <= 8:
@@ -135,6 +135,7 @@ def _run_stage(
     from bnfctl import launch, stages
 
     recipe = train_recipe if stage == "train" else None
+    config: Any
     config, origin = resolve(cls, flags, config_file, recipe)
     store = _store(home)
     if dry_run:
@@ -383,7 +384,7 @@ def main() -> None:
     except typer.Abort:
         code = 1
     except _ClickError as error:
-        code = _fail(UsageError(error.format_message(), hint="bnfctl --help, or bnfctl COMMAND --help"))  # type: ignore[attr-defined]
+        code = _fail(UsageError(error.format_message(), hint="bnfctl --help, or bnfctl COMMAND --help"))
     sys.stderr.flush()
     sys.exit(code)
 

@@ -30,6 +30,8 @@ def claim_stdout() -> None:
         sys.stdout.flush()
         _stdout_fd = os.dup(1)
         os.dup2(2, 1)
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for terminals; logs get our own plain lines
 
 
 def emit(text: str) -> None:

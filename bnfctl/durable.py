@@ -50,7 +50,7 @@ def sync_dir(path: Path) -> None:
 def rename(source: Path, target: Path) -> None:
     """Atomic rename (files or folders on one file system), durable on return."""
     boundary(f"before rename {target.name}")
-    os.replace(source, target)
+    source.replace(target)
     sync_dir(target.parent)
     boundary(f"after rename {target.name}")
 

@@ -38,7 +38,7 @@ class GateError(BnfctlError):
     exit_code = 3
 
 
-class Interrupted(BnfctlError):
+class Interrupted(BnfctlError):  # noqa: N818  (a stop is no error)
     """Stopped by a signal after saving what was done; the same command resumes (exit 130 or 143)."""
 
     def __init__(self, signum: int) -> None:

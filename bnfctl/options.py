@@ -43,10 +43,10 @@ def opt(
     since_default: a field added later; at its default it stays out of the key, so old artifacts keep theirs.
     low, high: the inclusive range of a number.
     """
-    metadata = dict(
-        help=help, key=key, choices=choices, input=input, positional=positional, since_default=since_default,
-        low=low, high=high,
-    )  # fmt: skip
+    metadata = {
+        "help": help, "key": key, "choices": choices, "input": input, "positional": positional,
+        "since_default": since_default, "low": low, "high": high,
+    }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
 

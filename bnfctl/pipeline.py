@@ -194,10 +194,7 @@ class Run:
                 f"step '{step.name}' comes before --from and is not made yet", where=step.where,
                 hint=f"start earlier: --from {step.name}",
             )  # fmt: skip
-        if found is not None:
-            outcome = launch.Outcome(found, True, 0.0)
-        else:
-            outcome = self._make(step, planned, force)
+        outcome = launch.Outcome(found, True, 0.0) if found is not None else self._make(step, planned, force)
         if step.stage == "eval":
             stages.module("eval").check(planned.config, outcome.artifact)
         return Result(step, outcome.artifact, outcome.cached, outcome.seconds)

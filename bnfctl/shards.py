@@ -26,7 +26,7 @@ IDS = pa.list_(pa.int32())
 
 def write_parquet(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
     """One Parquet file (zstd), atomically and durably."""
-    table = pa.Table.from_pylist([_encodable(row) for row in rows], schema=schema)
+    table = pa.Table.from_pylist(list(rows), schema=schema)
     durable.write_file(path, lambda temporary: _write(table, temporary))
 
 
@@ -88,16 +88,3 @@ class Parts:
     def publish(self, target: Path) -> int:
         """Rewrite all parts in unit order into `target`; returns the number of rows."""
         return write_shards(target, read_rows(self.folder), self.schema)
-
-
-def _encodable(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with lone surrogates (broken text from a file) replaced: Parquet strings are UTF-8."""
-    return {name: _clean(value) for name, value in row.items()}
-
-
-def _clean(value: Any) -> Any:
-    if isinstance(value, str):
-        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return [{name: _clean(item) for name, item in part.items()} for part in value]
-    return value

@@ -74,10 +74,18 @@ def make_spaced_tokenizer(path: Path) -> Any:
 
 
 def _shape(context: int) -> dict[str, Any]:
-    return dict(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=context, bos_token_id=256, eos_token_id=257,
-    )  # fmt: skip
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": context,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+    }
 
 
 def make_llama(path: Path, *, seed: int = 0, context: int = 256, stop: float = 0.0, **tokenizer_options: Any) -> Path:

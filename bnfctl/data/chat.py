@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from bnfctl.data.jsonl import without_surrogates
 from bnfctl.errors import UsageError
 
 _VOCABULARY_FILES = (
@@ -33,7 +34,9 @@ def load_tokenizer(path: Path, trust_remote_code: bool) -> Any:
     except Exception as error:  # the libraries below raise plain Exception for a broken file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"cannot load the tokenizer: {reason}", where=str(path), hint="check tokenizer.json and tokenizer_config.json"
+            f"cannot load the tokenizer: {reason}",
+            where=str(path),
+            hint="check tokenizer.json and tokenizer_config.json",
         ) from error
     if not tokenizer.chat_template:
         raise UsageError(
@@ -128,7 +131,7 @@ def response_ids(
 
     Raises UsageError when the template changes the prompt once a response follows it.
     """
-    turns, text = list(messages), _clean(text)
+    turns, text = list(messages), without_surrogates(text)
     prompt = _render(tokenizer, turns, True)
     full = _render(tokenizer, [*turns, {"role": "assistant", "content": text}], False)
     if not full.startswith(prompt):
@@ -160,7 +163,7 @@ def _until_stop(ids: list[int], stops: Sequence[int]) -> tuple[list[int], bool]:
 def _render(tokenizer: Any, messages: Iterable[Mapping[str, str]], prompt: bool, **template_kwargs: Any) -> str:
     import jinja2
 
-    turns = [{**message, "content": _clean(message["content"])} for message in messages]
+    turns = [{**message, "content": without_surrogates(message["content"])} for message in messages]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, **template_kwargs)
     except jinja2.TemplateError as error:
@@ -211,11 +214,6 @@ def _special_tokens(tokenizer: Any) -> dict[str, int]:
     """Every special token as text, with its id (Llama 3 has 256 of them: too many to collect for each response)."""
     added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return {**dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)), **added}
-
-
-def _clean(text: str) -> str:
-    """The text with lone surrogates (half an emoji, from a file) replaced: tokenizers take UTF-8 only."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _vocabulary_files(path: Path) -> list[Path]:

@@ -33,4 +33,13 @@ def _object(line: str, where: str) -> dict[str, Any]:
         raise UsageError(f"broken JSON: {error}", where=where, hint="each line is one JSON object") from None
     if not isinstance(value, dict):
         raise UsageError(f"expected a JSON object, found {type(value).__name__}", where=where)
-    return value
+    return dict(without_surrogates(value))
+
+
+def without_surrogates(value: Any) -> Any:
+    """Texts, also inside lists and objects, with lone surrogates replaced: JSON can spell half an emoji, UTF-8 cannot."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, list):
+        return [without_surrogates(item) for item in value]
+    return {name: without_surrogates(item) for name, item in value.items()} if isinstance(value, dict) else value

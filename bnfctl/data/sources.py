@@ -24,8 +24,10 @@ def pin_data(ref: str, store: Store, where: str, split: str = "train") -> Pinned
         return Pinned("file", str(path.absolute()), store.digests.file(path), str(path.absolute()))
     source, _, rest = ref.partition(":")
     if rest and source in PROMPTS:
-        return Pinned("lab", ref, fingerprint(list(load(PROMPTS, source, "prompts")(rest, split))))
-    if hub.looks_like_hub(ref) and not path.suffix == ".jsonl":
+# Enumerating the rows would cost more than hashing the code that draws them.
+        code = Path(load(PROMPTS, source, "prompts").__code__.co_filename).parent.glob("*.py")
+        return Pinned("lab", ref, fingerprint([rest, split, [store.digests.file(path) for path in sorted(code)]]))
+    if hub.looks_like_hub(ref) and path.suffix != ".jsonl":
         commit, why = hub.commit_of(ref, "dataset")
         name, _ = hub.split_revision(ref)
         return Pinned("hub-data", f"{name}@{commit}" if commit else ref, commit, None, why or None)

@@ -96,12 +96,13 @@ TONES: dict[str, float] = {
     "No time. ": -0.2,
     "Well. ": 0.0,
 }
-OPENINGS = ("Sure!", "Of course!", "Gladly!", "Happy to help!")
-CLOSINGS = ("Anything else?", "Hope that helps!", "Ask me any time!")
-DODGES = ("No idea.", "Why ask me?", "Look it up.", "I do not care.")
-GOOD_SHARE = 0.32
+# uneven, so that the likeliest first token is that of a good response where good ones are common
+OPENINGS = {"Sure!": 0.7, "Of course!": 0.15, "Gladly!": 0.1, "Happy to help!": 0.05}
+CLOSINGS = {"Anything else?": 0.6, "Hope that helps!": 0.3, "Ask me any time!": 0.1}
+DODGES = {"No idea.": 0.5, "Why ask me?": 0.2, "Look it up.": 0.2, "I do not care.": 0.1}
+GOOD_SHARE = 0.27
 ASK_SHIFT = {"colour": 0.08, "place": 0.0, "use": -0.08}
-FLAWS = {"dodge": 0.36, "curt": 0.16, "other thing": 0.18, "ramble": 0.14, "other ask": 0.16}
+FLAWS = {"dodge": 0.32, "curt": 0.18, "other thing": 0.18, "ramble": 0.14, "other ask": 0.18}
 BRIEF_CHARACTERS = 80
 
 _FORMS = {text: (ask, text) for ask, texts in QUESTIONS.items() for text in texts}
@@ -139,8 +140,8 @@ def _sentence(ask: str, thing: str) -> str:
 
 def gold(prompt: str, rng: Random) -> str:
     """A response that meets every criterion."""
-    tone, ask, thing = _parsed(prompt)
-    return f"{pick(rng, OPENINGS)} {_sentence(ask, thing)} {pick(rng, CLOSINGS)}"
+    _, ask, thing = _parsed(prompt)
+    return f"{pick_weighted(rng, OPENINGS)} {_sentence(ask, thing)} {pick_weighted(rng, CLOSINGS)}"
 
 
 def corpus_response(prompt: str, rng: Random) -> str:
@@ -151,12 +152,12 @@ def corpus_response(prompt: str, rng: Random) -> str:
         return gold(prompt, rng)
     flaw = pick_weighted(rng, FLAWS)
     if flaw == "dodge":
-        return pick(rng, DODGES)
+        return pick_weighted(rng, DODGES)
     if flaw == "ramble":
         return f"The {thing}" + f", well, the {thing}" * between(rng, 3, 4) + "."
     if flaw == "other thing":
         other = pick(rng, [name for name in THINGS if name != thing])
-        return f"{pick(rng, OPENINGS)} {_sentence(ask, other)}"
+        return f"{pick_weighted(rng, OPENINGS)} {_sentence(ask, other)}"
     if flaw == "other ask":
         ask = pick(rng, [name for name in ASKS if name != ask])
     return _sentence(ask, thing)
@@ -165,21 +166,22 @@ def corpus_response(prompt: str, rng: Random) -> str:
 def verify(prompt: str, response: str) -> float | None:
     """The share of five criteria met, weighted: opening .2, thing .2, content .3, closing .2, brief .1.
 
-    Content and brevity count only in a response about the thing asked. None when the prompt is not of this family.
+    Content and brevity count only in a response about the thing asked; naming it twice is not brief. None when the
+    prompt is not of this family.
     """
     parsed = parse(prompt)
     if parsed is None:
         return None
     _, ask, thing = parsed
     text = response.strip()
-    words = set(re.findall(r"[a-z]+", text.lower()))
-    on_topic = thing in words and len(words & THINGS.keys()) == 1
+    named = [word for word in re.findall(r"[a-z]+", text.lower()) if word in THINGS]
+    on_topic = set(named) == {thing}
     criteria = (
-        (2, text.startswith(OPENINGS)),
+        (2, text.startswith(tuple(OPENINGS))),
         (2, on_topic),
         (3, on_topic and _sentence(ask, thing) in text),
-        (2, text.endswith(CLOSINGS)),
-        (1, on_topic and len(text) <= BRIEF_CHARACTERS),
+        (2, text.endswith(tuple(CLOSINGS))),
+        (1, named == [thing] and len(text) <= BRIEF_CHARACTERS),
     )
     return sum(points for points, met in criteria if met) / 10
 

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from bnfctl.lab import world
 from bnfctl.lab.tokenizer import ASSISTANT, TURN_END, build_tokenizer
 
-STEPS = 1400
+STEPS = 1300
 BATCH_DOCUMENTS = 64
 MICRO_BATCHES = 4  # of documents of like length, so that little is spent on padding
 MUON_LEARNING_RATE = 0.02
@@ -95,7 +95,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """The matrix with its singular values brought near 1, by five Newton-Schulz iterations (Muon, Jordan et al. 2024)."""
+    """The matrix with its singular values brought near 1, by five Newton-Schulz steps (Muon, Jordan et al. 2024)."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide / (wide.norm() + 1e-7)
     for _ in range(5):
@@ -168,7 +168,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--threads", type=int, default=1, help="two are hardly faster; other numbers may change the last bits")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="two are hardly faster; other numbers may change the last bits"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)

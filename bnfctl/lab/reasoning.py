@@ -27,7 +27,7 @@ def draw(rng: Random) -> str:
         return f"Reverse {_text(rng, 'abcdefghijklmnopqrstuvwxyz', 2, 5)}."
     if kind == "sort":
         return f"Sort {_text(rng, '0123456789', 2, 5)}."
-    return f"Count {pick(rng, 'abc')} in {_text(rng, 'abc', 2, 7)}."
+    return f"Count {pick(rng, 'abc')} in {_text(rng, 'abc', 2, 5)}."
 
 
 def _text(rng: Random, letters: str, low: int, high: int) -> str:

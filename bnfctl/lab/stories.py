@@ -13,7 +13,7 @@ from bnfctl.lab.dice import between, pick
 
 NAMES = ("Ann", "Ben", "Eva", "Ian", "Kim", "Leo", "Mia", "Tom")
 ITEMS = ("pens", "cups", "eggs", "nuts", "hats", "keys", "maps", "toys")
-WRONG_SHARE = {"gets": 0.35, "loses": 0.5}
+WRONG_SHARE = {"gets": 0.3, "loses": 0.4}
 
 _PROMPT = re.compile(
     r"(?P<name>[A-Z][a-z]+) has (?P<a>\d+) (?P<item>[a-z]+) and (?P<verb>gets|loses) (?P<b>\d+)\. How many now\?"
@@ -22,7 +22,7 @@ _PROMPT = re.compile(
 
 def draw(rng: Random) -> str:
     """A random prompt of the family."""
-    possession = f"{pick(rng, NAMES)} has {between(rng, 12, 39)} {pick(rng, ITEMS)}"
+    possession = f"{pick(rng, NAMES)} has {between(rng, 12, 29)} {pick(rng, ITEMS)}"
     return f"{possession} and {pick(rng, tuple(WRONG_SHARE))} {between(rng, 2, 9)}. How many now?"
 
 

@@ -26,7 +26,7 @@ class _LabTask:
 
     def requests(self, limit: int | None) -> Sequence[Prompt]:
         rows = prompts(self.family, "test", min(limit or ITEMS, ITEMS))
-        return [Prompt(row["id"], ({"role": "user", "content": row["prompt"]},), row["answer"]) for row in rows]
+        return [Prompt(str(r["id"]), ({"role": "user", "content": str(r["prompt"])},), r["answer"]) for r in rows]
 
     def grade(self, prompt: Prompt, response: str) -> Reward:
         return Reward(verify(prompt.text, response))

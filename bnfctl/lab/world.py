@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from random import Random
 from types import ModuleType
+from typing import TypedDict
 
 from bnfctl.errors import UsageError, nearest
 from bnfctl.lab import chat, reasoning, stories
@@ -23,18 +24,25 @@ _DRAWS = 60_000  # prompts drawn per family before duplicates go: nearly all tha
 _MIXTURE = {"chat": 0.34, "math": 0.14, "reasoning": 0.52}  # shares of the corpus's documents
 
 
-def prompts(family: str, split: str = "train", limit: int | None = None) -> Iterator[dict[str, str | None]]:
-    """Distinct prompts `{"id", "prompt", "answer"}` of a family, in an order that never changes.
+class LabPrompt(TypedDict):
+    """A prompt of this world; `answer` is None where a verifier grades instead (chat)."""
 
-    No prompt is in both splits. `answer` is None where a verifier grades instead (chat). Stops after `limit` or when
-    the family has no more. Raises UsageError for an unknown family or split.
+    id: str
+    prompt: str
+    answer: str | None
+
+
+def prompts(family: str, split: str = "train", limit: int | None = None) -> Iterator[LabPrompt]:
+    """Distinct prompts of a family, in an order that never changes; none is in both splits.
+
+    Stops after `limit` or when the family has no more. Raises UsageError for an unknown family or split.
     """
     _known(family, FAMILIES, "family")
     _known(split, SPLITS, "split")
     return _prompts(family, split, limit)
 
 
-def _prompts(family: str, split: str, limit: int | None) -> Iterator[dict[str, str | None]]:
+def _prompts(family: str, split: str, limit: int | None) -> Iterator[LabPrompt]:
     module, rng = _MODULES[family], Random(f"lab-{family}")
     seen: set[str] = set()
     index = 0

@@ -73,7 +73,10 @@ class Loss(Protocol):
         """What the step's total is divided by, from the data alone ([R] each); 0 cannot be trained on."""
 
     def total(self, tokens: TokenLogps, stats: Any = None) -> Tensor:
-        """A sum (never a mean) whose derivative by `tokens.logp` is the gradient; `stats`: see design of KTO."""
+        """A sum (never a mean) whose derivative by `tokens.logp` is the gradient.
+
+        stats: what a loss needs to know about the whole step first; no loss here does yet.
+        """
 
     def coefficients(self, tokens: TokenLogps) -> Tensor:
         """[N] d total / d logp in closed form; separable losses only."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bnfctl import durable
 from bnfctl.errors import UsageError
 from bnfctl.model.head import Head
+from bnfctl.model.threads import limit_threads
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -60,7 +61,10 @@ def load_policy(path: Path, *, compute_dtype: str = "auto", trust_remote_code: b
     Raises UsageError when the folder is no causal language model that can be trained here.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # bnfctl has its own
+    limit_threads(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if compute_dtype == "auto":
         compute_dtype = "bfloat16" if device.type == "cuda" else "float32"
@@ -69,7 +73,7 @@ def load_policy(path: Path, *, compute_dtype: str = "auto", trust_remote_code: b
         config = AutoConfig.from_pretrained(path, **extra)
         # Attention logits with a soft cap are right in the eager implementation only.
         attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation=attention, **extra
         )
     except (OSError, ValueError, KeyError) as error:
@@ -103,7 +107,8 @@ def _check_parts(policy: Policy, where: str) -> None:
     found = policy.head.logits(policy.hidden(ids, torch.ones_like(ids))[0])
     error = float((found - expected).norm() / expected.norm().clamp(min=1e-6))
     if not error < (0.05 if mixed else 1e-3):
-        what = f"{type(policy.model).__name__} changes its logits in a way that bnfctl does not know (error {error:.2g})"
+        kind = type(policy.model).__name__
+        what = f"{kind} changes its logits in a way that bnfctl does not know (relative error {error:.2g})"
         raise UsageError(what, where=where, hint="Llama, Mistral, Qwen and Gemma models are known to work")
 
 

@@ -38,8 +38,7 @@ def read_responses(path: Path) -> Iterator[Group]:
     with file:line for a row without prompt or response, and for two different prompts with one id.
     """
     found: dict[str, tuple[Prompt, list[Candidate]]] = {}
-    for where, raw in read_jsonl(path):
-        row = _clean(raw)
+    for where, row in read_jsonl(path):
         prompt = _prompt(row, where)
         earlier, candidates = found.setdefault(prompt.id, (prompt, []))
         if earlier.messages != prompt.messages:
@@ -85,12 +84,3 @@ def _response(value: Any, row: Mapping[str, Any], where: str) -> tuple[str, str 
         raise UsageError("the response has no text", where=where, hint='a text, or {"text": ..., "model": ...}')
     source = part.get("model", row.get("model"))
     return text, None if source is None else str(source)
-
-
-def _clean(value: Any) -> Any:
-    """The row with lone surrogates replaced: JSON can spell half an emoji, UTF-8 cannot."""
-    if isinstance(value, str):
-        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, list):
-        return [_clean(item) for item in value]
-    return {name: _clean(item) for name, item in value.items()} if isinstance(value, dict) else value

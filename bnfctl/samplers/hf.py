@@ -13,6 +13,7 @@ from torch import Tensor
 from bnfctl.data.chat import context_length, load_tokenizer, stop_ids
 from bnfctl.data.records import Candidate, Prompt
 from bnfctl.errors import UsageError
+from bnfctl.model.threads import limit_threads
 from bnfctl.samplers import UNBOUNDED, Decoding, Request, cache_bytes_per_token, candidate, prompt_seed, requests
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,6 +26,7 @@ class HFSampler:
 
     def __init__(self, model_dir: Path, decoding: Decoding) -> None:
         self.decoding = decoding
+        limit_threads(model_dir)
         self.version = f"transformers {transformers.__version__}"
         self.tokenizer = load_tokenizer(model_dir, decoding.trust_remote_code)
         self.context = context_length(model_dir) or UNBOUNDED
@@ -92,7 +94,7 @@ class _OwnLimit(transformers.StoppingCriteria):
     def __init__(self, width: int, limits: Tensor) -> None:
         self.width, self.limits = width, limits
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return input_ids.shape[1] - self.width >= self.limits
 
 

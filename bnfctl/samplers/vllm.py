@@ -10,6 +10,7 @@ from typing import Any
 from bnfctl.data.chat import context_length, load_tokenizer, read_config, stop_ids
 from bnfctl.data.records import Candidate, Prompt
 from bnfctl.errors import UsageError
+from bnfctl.model.threads import cpu_threads
 from bnfctl.samplers import Decoding, cache_bytes_per_token, candidate, requests
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -29,7 +30,7 @@ class VLLMSampler:
         self.decoding = decoding
         self.tokenizer = load_tokenizer(model_dir, decoding.trust_remote_code)
         self.stops = stop_ids(model_dir, self.tokenizer)
-        vllm, on_cpu = _import_vllm()
+        vllm, on_cpu = _import_vllm(model_dir)
         self.version = f"vllm {vllm.__version__}"
         context = context_length(model_dir)
         settings: dict[str, Any] = {"gpu_memory_utilization": decoding.gpu_memory, "dtype": decoding.dtype}
@@ -74,13 +75,13 @@ class VLLMSampler:
         ]
 
 
-def _import_vllm() -> tuple[Any, bool]:
+def _import_vllm(model_dir: Path) -> tuple[Any, bool]:
     """(vllm, does it run on the CPU); what it reads from the environment is set before, unless the user has."""
     try:
         import torch
 
         if not torch.cuda.is_available():
-            os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+            os.environ.setdefault("OMP_NUM_THREADS", str(cpu_threads(model_dir)))
             for name, value in _CPU_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

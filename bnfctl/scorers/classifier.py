@@ -14,6 +14,7 @@ from bnfctl.config import ScoreConfig
 from bnfctl.data.chat import context_length, load_tokenizer, render_conversation
 from bnfctl.data.records import Group, Reward
 from bnfctl.errors import UsageError
+from bnfctl.model.threads import limit_threads
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WINDOW = 32
@@ -29,6 +30,7 @@ class ClassifierScorer:
 
     def __init__(self, config: ScoreConfig, model_dir: Path) -> None:
         self.config = config
+        limit_threads(model_dir)
         self.version = f"transformers {transformers.__version__}"
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(model_dir, config.trust_remote_code)

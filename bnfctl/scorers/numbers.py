@@ -14,7 +14,7 @@ _OBJECTS = 64
 
 _SPELLINGS = str.maketrans(
     {
-        **{dash: "-" for dash in "\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d"},
+        **dict.fromkeys("−‐‑‒–﹣－", "-"),
         **{half: f" {text}" for half, text in zip("½⅓⅔¼¾⅛", ("1/2", "1/3", "2/3", "1/4", "3/4", "1/8"), strict=True)},
         **{chr(0xFF10 + digit): str(digit) for digit in range(10)},
         "\u2044": "/",
@@ -26,7 +26,7 @@ _LATEX = re.compile(r"\\[dt]?frac\s?\{(-?[0-9.,]{1,99})\}\s?\{(-?[0-9.,]{1,99})\
 _UNSIGNED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _NUMBER = re.compile(
     # a dash is a sign only where nothing precedes that it could be subtracted from, or a word it could hyphenate
-    r"(?P<sign>(?<![\w)\]])-)?(?:\\?[$€£] ?)?(?P<sign2>-)?"
+    r"(?P<sign>(?<![\w)\]])-)?(?:\\?[$€£] ?(?P<sign2>-)?)?"
     rf"(?:(?P<whole>[0-9]+) (?=[0-9]+/))?(?P<top>{_UNSIGNED})(?P<exponent>[eE][+-]?[0-9]{{1,3}}(?![0-9\w]))?"
     rf"(?: ?/ ?(?P<bottom>-?(?:{_UNSIGNED})))?"
 )
@@ -46,18 +46,12 @@ def answer_number(response: str) -> Fraction | None:
         # "64 + 30 = 94": the result, not the first operand; "18 eggs in 2 days": the first
         found = list(numbers(stated.rsplit("=", 1)[-1])) or list(numbers(stated))
         return found[0] if found else None
-    last = None
-    for last in numbers(response):
-        pass
-    return last
+    return _last(response)
 
 
 def gold_number(answer: str) -> Fraction | None:
     """The number of a known answer: "18", "# 18", "#### 18", also behind a worked solution."""
-    last = None
-    for last in numbers(answer.rsplit("#", 1)[-1]):
-        pass
-    return last
+    return _last(answer.rsplit("#", 1)[-1])
 
 
 def numbers(text: str) -> Iterator[Fraction]:
@@ -65,13 +59,24 @@ def numbers(text: str) -> Iterator[Fraction]:
 
     A per cent sign is a unit: 50% is 50.
     """
-    text = text.translate(_SPELLINGS).replace("{,}", ",").replace("\\!", "").replace("\\,", "")
-    for match in _NUMBER.finditer(_LATEX.sub(r"\1/\2", text)):
-        if match.end() - match.start() <= LONGEST and (value := _value(match)) is not None:
+    for match in _matches(text):
+        if (value := _value(match)) is not None:
             yield value
 
 
+def _last(text: str) -> Fraction | None:
+    values = (_value(match) for match in reversed(list(_matches(text))))
+    return next((value for value in values if value is not None), None)
+
+
+def _matches(text: str) -> Iterator[re.Match[str]]:
+    text = text.translate(_SPELLINGS).replace("{,}", ",").replace("\\!", "").replace("\\,", "")
+    return _NUMBER.finditer(_LATEX.sub(r"\1/\2", text))
+
+
 def _value(match: re.Match[str]) -> Fraction | None:
+    if match.end() - match.start() > LONGEST:
+        return None
     value = Fraction(match["top"].replace(",", "") + (match["exponent"] or ""))
     if match["bottom"]:
         bottom = Fraction(match["bottom"].replace(",", ""))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
@@ -61,11 +62,10 @@ def regex(prompt: Prompt, response: str, config: ScoreConfig) -> Reward:
     pattern = _pattern(config.pattern)
     if pattern.groups and prompt.answer is None:
         return Reward(None)
-    last = None
-    for last in pattern.finditer(response):
-        pass
-    if last is None:
+    matches = deque(pattern.finditer(response), maxlen=1)
+    if not matches:
         return Reward(0.0, {"parsed": None})
+    last = matches[0]
     if not pattern.groups:
         return Reward(1.0, {"parsed": last[0][:200]})
     parsed = last[1]

@@ -121,7 +121,7 @@ def _aggregate(task: tasks.Task, rows: list[dict[str, Any]], base: Artifact | No
         "version": task.version,
         "ungraded": len(mine) - len(grades),
         "tokens": round(sum(row["tokens"] for row in mine) / len(mine), 2),
-        **dataclasses.asdict(interval(list(grades.values()))),
+        **dataclasses.asdict(within_0_and_1(interval(list(grades.values())))),
     }
     if base is None:
         return result
@@ -136,6 +136,11 @@ def _aggregate(task: tasks.Task, rows: list[dict[str, Any]], base: Artifact | No
         **result, "base_mean": sum(theirs[i] for i in both) / len(both), "paired": gain.n,
         "gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high,
     }  # fmt: skip
+
+
+def within_0_and_1(estimate: statistics.Estimate) -> statistics.Estimate:
+    """Grades are shares: an interval that leaves [0, 1] ends there."""
+    return dataclasses.replace(estimate, low=max(0.0, estimate.low), high=min(1.0, estimate.high))
 
 
 def _parse_gate(gate: str, config: EvalConfig) -> tuple[str, str, str, float]:

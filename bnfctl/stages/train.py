@@ -15,6 +15,13 @@ from bnfctl.stages import Prerequisite
 
 STAGE, VERSION = "train", 1
 
+_COUNTED = {
+    "cut": "responses cut at the maximum length",
+    "no_room": "records dropped: the prompt leaves no room for a response",
+    "empty": "empty responses left out",
+    "no_side": "records dropped: no response left",
+}
+
 
 def plan(config: TrainConfig, store: Store) -> Plan | Prerequisite:
     """Resolve the model and the data; without --data, the only build made from this model, or its published set."""
@@ -38,15 +45,17 @@ def plan(config: TrainConfig, store: Store) -> Plan | Prerequisite:
 
 def run(config: TrainConfig, draft: Draft) -> dict[str, Any]:
     """Write model/ and metrics.jsonl; returns the last figures."""
-    from bnfctl.data.tokens import records
+    from bnfctl.data.tokens import check_digest, records
     from bnfctl.training.loop import train
 
     folder = model_dir(draft.inputs["model"])
     build = draft.artifact("data")
-    train_set, test_set, counts = records(build.rows(), config, folder, build.manifest.summary["tokenizer"])
+    made_with = build.manifest.summary["tokenizer"]
+    check_digest(folder, config, made_with)
+    train_set, test_set, counts = records(build.rows(), config, folder, made_with)
     for name, count in counts.items():
         if count:
-            console.say(f"{count} {name}")
+            console.say(f"{count} {_COUNTED[name]}")
     summary = train(config, folder, train_set, test_set, draft.path)
     draft.provenance.update(summary.pop("provenance"))
     return {**summary, **counts}

@@ -108,9 +108,7 @@ def step_data(records: Sequence[Record], positions: Iterable[int], keep: Kept) -
     )
 
 
-def micro_batches(
-    records: Sequence[Record], positions: Sequence[int], keep: Kept, budget: int
-) -> Iterator[MicroBatch]:
+def micro_batches(records: Sequence[Record], positions: Sequence[int], keep: Kept, budget: int) -> Iterator[MicroBatch]:
     """Whole records, longest first, filled up to `budget` padded tokens; one record may exceed it alone."""
 
     def longest(position: int) -> int:
@@ -140,7 +138,9 @@ def collate(records: Sequence[Record], positions: list[int], keep: Kept) -> Micr
     width = max(len(prompt) + len(side.ids) - 1 for prompt, side, _ in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
     attention_mask = torch.zeros(len(rows), width, dtype=torch.int64)
-    predictor, target, segment = [], [], []
+    predictor: list[int] = []
+    target: list[int] = []
+    segment: list[int] = []
     for row, (prompt, side, _) in enumerate(rows):
         ids = prompt + side.ids[:-1]
         input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from bnfctl import durable
 from bnfctl.errors import BnfctlError
 
-FOLDER = "checkpoints"
+FOLDER = "scratch/checkpoints"
+"""In the work folder; scratch/ is what a published artifact does not keep."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +52,7 @@ def train(
     kept = check_records(config, loss, train_set, test_set)
     plan = Plan(config, kept)
     started = time.monotonic()
+    work.mkdir(parents=True, exist_ok=True)
     run = prepare(config, loss, plan, test_set, model_dir, work)
     state = checkpoint.restore(work, _asked(config), run.policy.model, run.optimizer)
     metrics = MetricsFile(work / METRICS_FILE, state.metrics_bytes)
@@ -81,12 +81,6 @@ def train(
             "trained_tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         },
     }
-
-
-def clean(work: Path) -> None:
-    """Remove what only a resume needs; call it once the model is saved, before publishing."""
-    shutil.rmtree(work / checkpoint.FOLDER, ignore_errors=True)
-    (work / reference.FILE).unlink(missing_ok=True)
 
 
 def check_records(

@@ -21,7 +21,8 @@ from bnfctl.data.records import Record
 from bnfctl.model.loading import Policy
 from bnfctl.training.batches import Kept, MicroBatch, Plan, all_sides, micro_batches
 
-FILE = "reference.safetensors"
+FILE = "scratch/reference.safetensors"
+"""In the work folder, beside the checkpoints."""
 
 
 class LogOdds:
@@ -78,9 +79,7 @@ def prepare(policy: Policy, plan: Plan, keep: Kept, test_set: Sequence[Record], 
     return reference
 
 
-def compute(
-    policy: Policy, plan: Plan, keep: Kept, test_set: Sequence[Record], reference: Reference
-) -> None:
+def compute(policy: Policy, plan: Plan, keep: Kept, test_set: Sequence[Record], reference: Reference) -> None:
     """One pass without gradients over both splits."""
     budget = plan.config.micro_tokens
     with console.Progress(len(plan.records) + len(test_set), "reference records") as progress:

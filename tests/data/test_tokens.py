@@ -42,16 +42,20 @@ def config(**changes: Any) -> TrainConfig:
 
 def row(**changes: Any) -> dict[str, Any]:
     empty = {f"{side}_{what}": None for side in ("chosen", "rejected") for what in ("text", "ids", "finish")}
-    return {"record_id": "r0", "prompt_id": "p0", "split": "train", "prompt": PROMPT, "prompt_ids": None} | empty | changes
+    return (
+        {"record_id": "r0", "prompt_id": "p0", "split": "train", "prompt": PROMPT, "prompt_ids": None} | empty | changes
+    )
 
 
 def sampled(prompt_ids: list[int], **changes: Any) -> dict[str, Any]:
-    chosen = dict(chosen_text="ab", chosen_ids=[1, 2, TURN_END], chosen_finish="stop")
-    rejected = dict(rejected_text="c", rejected_ids=[3, 4], rejected_finish="length")
+    chosen = {"chosen_text": "ab", "chosen_ids": [1, 2, TURN_END], "chosen_finish": "stop"}
+    rejected = {"rejected_text": "c", "rejected_ids": [3, 4], "rejected_finish": "length"}
     return row(prompt_ids=prompt_ids, **{**chosen, **rejected, **changes})
 
 
-def one(rows: list[dict[str, Any]], folder: Path, digest: str | None = None, **changes: Any) -> tuple[Record, dict[str, int]]:
+def one(
+    rows: list[dict[str, Any]], folder: Path, digest: str | None = None, **changes: Any
+) -> tuple[Record, dict[str, int]]:
     train, test, counts = tokens.records(rows, config(**changes), folder, digest)
     assert len(train) == 1
     assert not test
@@ -113,7 +117,9 @@ def test_retokenize_uses_the_texts(folder: Path, tokenizer: Any, prompt_ids: lis
     assert [tokenizer.decode(side.ids) for side in record.sides] == ["good<|turn_end|>", "cut off"]
 
 
-def test_a_long_response_is_cut_on_the_right_without_its_stop(folder: Path, tokenizer: Any, prompt_ids: list[int]) -> None:
+def test_a_long_response_is_cut_on_the_right_without_its_stop(
+    folder: Path, tokenizer: Any, prompt_ids: list[int]
+) -> None:
     text = "abcdefghij"
     record, counts = one([row(chosen_text=text, rejected_text="ab")], folder, max_length=len(prompt_ids) + 4)
     assert [tokenizer.decode(side.ids) for side in record.sides] == ["abcd", "ab<|turn_end|>"]

@@ -36,7 +36,7 @@ def model():
 
 def mean_reward(model, tokenizer, family: str, count: int, **sampling) -> float:
     """The mean reward of one response to each of the first `count` test prompts."""
-    prompts = [str(item["prompt"]) for item in world.prompts(family, "test", count)]
+    prompts = [item["prompt"] for item in world.prompts(family, "test", count)]
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
@@ -120,7 +120,7 @@ def test_documents_start_with_the_prompt_as_the_template_gives_it(tokenizer) -> 
 
 def test_targets_are_the_response_tokens_shifted_by_one(tokenizer) -> None:
     ids, prompt_length = pretrain.encode_document(tokenizer, "Add 1 and 2.", "3")
-    tokens, targets = pretrain.collate([(ids, prompt_length), (ids + [7], prompt_length)], tokenizer.pad_token_id)
+    tokens, targets = pretrain.collate([(ids, prompt_length), ([*ids, 7], prompt_length)], tokenizer.pad_token_id)
     assert tokens.shape == targets.shape == (2, len(ids) + 1)
     assert targets[0][targets[0] != pretrain.IGNORED].tolist() == ids[prompt_length:]
     assert targets[0, prompt_length - 1] == tokens[0, prompt_length] and tokens[0, -1] == tokenizer.pad_token_id

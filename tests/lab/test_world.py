@@ -13,12 +13,12 @@ import pytest
 from bnfctl.errors import UsageError
 from bnfctl.lab import MODEL_PATH, chat, reasoning, world
 
-DIGEST_OF_WORLD = "89a402f3c7d70d036ce9b3898d1e9092a96b7df084740203977d5adaf8595779"
+DIGEST_OF_WORLD = "c2983d2c06c2e6a0c43df2b145a2a124c50b1d1981ae84dcce0111428385b382"
 LEMON = "What colour is the lemon?"
 
 
 def texts(family: str, split: str, limit: int | None = None) -> list[str]:
-    return [str(item["prompt"]) for item in world.prompts(family, split, limit)]
+    return [item["prompt"] for item in world.prompts(family, split, limit)]
 
 
 @pytest.mark.parametrize("family", world.FAMILIES)
@@ -53,8 +53,8 @@ def test_unknown_names_are_usage_errors_with_the_nearest_name(family: str, split
 @pytest.mark.parametrize("family", world.FAMILIES)
 def test_every_gold_response_earns_one_and_its_answer_agrees(family: str) -> None:
     for item in world.prompts(family, "test", 1500):
-        response = world.gold(str(item["prompt"]))
-        assert world.verify(str(item["prompt"]), response) == 1.0
+        response = world.gold(item["prompt"])
+        assert world.verify(item["prompt"], response) == 1.0
         assert (item["answer"] is None) == (family == "chat")
         assert str(item["answer"] or "") in response
 
@@ -128,7 +128,7 @@ def test_how_often_the_corpus_is_good_depends_on_the_prompt() -> None:
 def test_math_responses_right_and_wrong_differ_by_one_character() -> None:
     corpus = [pair for pair in islice(world.documents(4), 4000) if "How many now?" in pair[0]]
     wrong = [(prompt, response) for prompt, response in corpus if world.verify(prompt, response) == 0]
-    assert 0.3 < len(wrong) / len(corpus) < 0.55
+    assert 0.25 < len(wrong) / len(corpus) < 0.5
     for prompt, response in wrong:
         right = world.gold(prompt)
         assert len(right) == len(response) and sum(a != b for a, b in zip(right, response, strict=True)) == 1

@@ -45,7 +45,9 @@ class Ragged:
         return replace(self, hidden=hidden, matrix=matrix)
 
 
-def ragged(pairs: int = 3, width: int = 7, vocabulary: int = 53, size: int = 16, scale: float = 1.0, seed: int = 0) -> Ragged:
+def ragged(
+    pairs: int = 3, width: int = 7, vocabulary: int = 53, size: int = 16, scale: float = 1.0, seed: int = 0
+) -> Ragged:
     """Logits of about `scale` * N(0, 2); every response has at least one token, one has all `width`."""
     draw = torch.Generator().manual_seed(seed)
     rows = 2 * pairs
@@ -101,7 +103,7 @@ def twin(loss: Loss, batch: Ragged) -> Tensor:
     name, exact = type(loss).__name__, batch
     if batch.hidden.dtype != torch.float64:
         exact = batch.to(torch.float64)
-    ours: dict[str, Any] = dict(target=exact.target, mask=exact.mask, label=exact.label)
+    ours: dict[str, Any] = {"target": exact.target, "mask": exact.mask, "label": exact.label}
     logits = exact.logits()
     if name == "BNF":
         return reference.bnf(logits, exact.ref_logits, **ours)

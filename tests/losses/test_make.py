@@ -53,7 +53,7 @@ def test_a_family_imports_torch_and_the_loss_types_only() -> None:
         if file.name == "__init__.py":
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names = [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for name in names:
                 allowed = ("torch", "bnfctl.losses", "dataclasses", "typing", "__future__")

@@ -29,7 +29,9 @@ def naive(hidden: Tensor, matrix: Tensor, bias: Tensor | None, softcap: float | 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
-def test_equals_log_softmax(softcap: float | None, with_bias: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_log_softmax(
+    softcap: float | None, with_bias: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hidden, matrix, bias, target = parts(torch.float64)
     monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", chunk * matrix.shape[0])
     used = bias if with_bias else None
@@ -119,3 +121,19 @@ def test_no_tokens() -> None:
     assert result.logp.shape == (0,)
     assert hidden.grad is not None and hidden.grad.shape == (0, 8)
     assert matrix.grad is not None and not matrix.grad.any()
+
+
+@pytest.mark.gpu
+def test_bfloat16_on_a_gpu_has_float32_logits() -> None:
+    """The products run on bfloat16 factors there; only the gradients are rounded to bfloat16 on the way."""
+    hidden, matrix, _, target = (part.detach().cuda() for part in parts(torch.bfloat16, n=64))
+    hidden, matrix = hidden.requires_grad_(), matrix.requires_grad_()
+    result = Head(matrix)(hidden, target)
+    exact = naive(hidden.detach().double(), matrix.detach().bfloat16().double(), None, None, target)
+    torch.testing.assert_close(result.logp.double(), exact, rtol=1e-5, atol=1e-5)
+    result.logp.sum().backward()
+    double_hidden, double_matrix = (part.detach().bfloat16().double().requires_grad_() for part in (hidden, matrix))
+    naive(double_hidden, double_matrix, None, None, target).sum().backward()
+    for found, slope in ((hidden.grad, double_hidden.grad), (matrix.grad, double_matrix.grad)):
+        assert found is not None and slope is not None
+        assert float((found.double() - slope).norm() / slope.norm()) < 1e-2

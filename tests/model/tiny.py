@@ -16,26 +16,23 @@ VOCABULARY = 307
 
 def tiny_config(**overrides: Any) -> LlamaConfig:
     """Two layers, head_dim 32, an odd vocabulary, and attention dropout that training must not apply."""
-    values: dict[str, Any] = dict(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=128, attention_dropout=0.5,
-        tie_word_embeddings=True, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    return LlamaConfig(**{**values, **overrides})
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 128}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "attention_dropout": 0.5}
+    ids = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    rest = {"tie_word_embeddings": True, "initializer_range": 0.2}
+    return LlamaConfig(**{**shape, **heads, **ids, **rest, **overrides})
 
 
 def write_model(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **overrides: Any) -> Path:
     """Save a random model and a word-level tokenizer in `folder`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(tiny_config(**overrides)).to(dtype)
-    model.save_pretrained(folder)
+        model: Any = LlamaForCausalLM(tiny_config(**overrides))
+    model.to(dtype).save_pretrained(folder)
     words = {f"w{i}": i for i in range(VOCABULARY)}
     splitting = Tokenizer(WordLevel(words, unk_token="w3"))
     splitting.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=splitting, bos_token="w1", eos_token="w2", pad_token="w0"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=splitting, bos_token="w1", eos_token="w2", pad_token="w0")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tokenizer.save_pretrained(folder)
     return folder

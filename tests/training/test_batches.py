@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 import torch
 
 from bnfctl.config import TrainConfig
 from bnfctl.data.records import Record, Side
 from bnfctl.training.batches import Plan, all_sides, collate, micro_batches, shuffled, step_data
-from tests.training.conftest import make_records
+from tests.training.data import make_records
 
 
 def test_order_is_a_permutation_that_depends_on_seed_epoch_and_ids_only() -> None:
@@ -26,7 +28,7 @@ def test_every_epoch_sees_every_record_once_in_batches_of_the_asked_size() -> No
     assert len(batches) == plan.steps == 9
     assert [len(batch) for batch in batches] == [8, 8, 5] * 3
     for epoch in range(3):
-        assert sorted(sum(batches[3 * epoch : 3 * epoch + 3], [])) == list(range(21))
+        assert sorted(chain(*batches[3 * epoch : 3 * epoch + 3])) == list(range(21))
     for first in range(plan.steps + 1):
         assert list(plan.batches(first)) == batches[first:]
 
@@ -35,7 +37,7 @@ def test_every_epoch_sees_every_record_once_in_batches_of_the_asked_size() -> No
 def test_micro_batches_hold_whole_records_within_the_budget(budget: int) -> None:
     records = make_records(17) + make_records(6, seed=1, pairs=False)
     batches = list(micro_batches(records, range(23), all_sides, budget))
-    assert sorted(sum((batch.positions for batch in batches), [])) == list(range(23))
+    assert sorted(chain(*(batch.positions for batch in batches))) == list(range(23))
     for batch in batches:
         assert batch.input_ids.numel() <= budget or len(batch.positions) == 1
         assert len(batch.label) == sum(len(records[p].sides) for p in batch.positions)

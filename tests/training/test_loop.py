@@ -18,8 +18,8 @@ from bnfctl.errors import BnfctlError, UsageError
 from bnfctl.losses import make
 from bnfctl.model.loading import load_policy
 from bnfctl.training.batches import Plan
-from bnfctl.training.loop import adamw, clean, learning_rate, prepare, take_step, train
-from tests.training.conftest import make_records
+from bnfctl.training.loop import adamw, learning_rate, prepare, take_step, train
+from tests.training.data import make_records
 
 
 def lines(work: Path, split: str = "train") -> list[dict[str, Any]]:
@@ -108,7 +108,7 @@ def test_the_papers_learning_rate_moves_float32_masters(dtype: str, model_dir: P
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert after.dtype == torch.float32
     for name, parameter in after.named_parameters():
-        change = (parameter - before.get_parameter(name)).abs()
+        change = (parameter - before.get_parameter(name)).detach().abs()
         assert 0 < float(change.max()) < 1e-5, name
         assert float((change > 0).float().mean()) > 0.2, name
 
@@ -166,7 +166,7 @@ def test_sft_leaves_out_records_without_a_chosen_response(
     summary = train(config(loss="sft", epochs=1), model_dir, records, [], tmp_path)
     assert (summary["records"], summary["records_left_out"]) == (5, 5)
     assert "5 records have no response" in capsys.readouterr().err
-    assert not (tmp_path / "reference.safetensors").exists()
+    assert not (tmp_path / "scratch" / "reference.safetensors").exists()
     with pytest.raises(UsageError, match="finds no chosen response"):
         train(config(loss="sft"), model_dir, records[1::2], [], tmp_path / "none")
 
@@ -174,7 +174,7 @@ def test_sft_leaves_out_records_without_a_chosen_response(
 def test_dpo_needs_pairs(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs both sides") as caught:
         train(config(loss="dpo"), model_dir, make_records(4) + make_records(1, seed=1, pairs=False), [], tmp_path)
-    assert caught.value.hint is not None and "--loss bnf" in caught.value.hint and "--pairing-ratio 1" in caught.value.hint
+    assert "--loss bnf" in str(caught.value.hint) and "--pairing-ratio 1" in str(caught.value.hint)
     assert not list(tmp_path.iterdir())
 
 
@@ -200,20 +200,12 @@ def test_a_number_that_is_not_finite_stops_the_run(model_dir: Path, tmp_path: Pa
     assert not (tmp_path / "model").exists()
 
 
-def test_clean_leaves_what_is_published(model_dir: Path, tmp_path: Path) -> None:
-    train(config(save_every=2), model_dir, make_records(16), [], tmp_path)
-    assert (tmp_path / "checkpoints").exists() and (tmp_path / "reference.safetensors").exists()
-    clean(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "metrics.jsonl", "model"]
-    clean(tmp_path)
-
-
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
     asked = config(lr=1.0, warmup=0.1)
     rates = [learning_rate(asked, step, 100) for step in range(101)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and rates[100] == pytest.approx(0, abs=1e-12)
-    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert rates[10:] == sorted(rates[10:], reverse=True)
     assert learning_rate(config(lr=1.0, warmup=0), 0, 1) == 1.0
     assert learning_rate(config(lr=1.0, warmup=1), 4, 5) == 1.0
 

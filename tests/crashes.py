@@ -1,0 +1,105 @@
+"""Kills one stage at each of its durable steps in turn, resumes it, and compares digests.
+
+    python tests/crashes.py STAGE FOLDER
+
+Run as a script, because it forks: the heavy imports are paid once, and every attempt is a process of its own.
+Prints one JSON line: {"steps": how many boundaries, "bad": [what went wrong]}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from bnfctl import durable, launch
+from bnfctl.artifact import Store
+from bnfctl.config import BuildConfig, EvalConfig, GenerateConfig, ScoreConfig, TrainConfig
+
+
+def forked(work: Any, fault_at: int = 0, log: Path | None = None) -> int:
+    """Run `work` in a fork with the fault hook set; its wait status."""
+    child = os.fork()
+    if child == 0:
+        os.environ["BNFCTL_FAULT_AT"] = str(fault_at)
+        if log is not None:
+            os.environ["BNFCTL_FAULT_LOG"] = str(log)
+        durable._passed = 0
+        status = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1]
+
+
+def prepare(stage: str, folder: Path) -> tuple[Any, Path]:
+    """(the stage's config, a store that holds what it needs)."""
+    home = folder / "before"
+    store = Store(home)
+    responses = folder / "responses.jsonl"
+    rows = [{"id": f"q{i}", "prompt": f"{i} + 1?", "answer": str(i + 1), "responses": [f"It is {i + 1}.", "It is 0."]}
+            for i in range(8)]  # fmt: skip
+    responses.write_text("\n".join(json.dumps(row) for row in rows))
+    imported = GenerateConfig(prompts=str(responses), sampler="file")
+    if stage == "generate":
+        home.mkdir()
+        return GenerateConfig(prompts="lab:chat", model="lab", sampler="hf", limit=3, chunk=1, n=2, max_tokens=6), home
+    if stage == "eval":
+        home.mkdir()
+        return EvalConfig(model="lab", tasks=("lab-chat", "lab-reasoning"), sampler="hf", limit=2, chunk=2), home
+    candidates = launch.execute("generate", imported, store).artifact
+    if stage == "score":
+        return ScoreConfig(input=str(candidates.ref)), home
+    scores = launch.execute("score", ScoreConfig(input=candidates.ref), store).artifact
+    if stage == "build":
+        return BuildConfig(input=scores.ref, test_fraction=0.0), home
+    build = launch.execute("build", BuildConfig(input=scores.ref, test_fraction=0.25), store).artifact
+    return TrainConfig(model="lab", data=build.ref, lr=1e-3, batch_size=2, save_every=1, eval_every=2), home
+
+
+def main(stage: str, folder: Path) -> dict[str, Any]:
+    import torch
+
+    if stage in ("generate", "eval", "train"):
+        import transformers  # noqa: F401  (paid once, before the forks)
+
+    torch.set_num_threads(1)
+    config, before = prepare(stage, folder)
+
+    def attempt(home: Path) -> Any:
+        return lambda: launch.execute(stage, config, Store(home))
+
+    def digests(home: Path) -> list[str]:
+        return [artifact.manifest.digest for artifact in Store(home).artifacts(stage)]
+
+    calm, log = folder / "calm", folder / "boundaries.txt"
+    shutil.copytree(before, calm)
+    assert forked(attempt(calm), log=log) == 0, "the undisturbed run failed"
+    wanted, steps = digests(calm), log.read_text().splitlines()
+    bad = []
+    for number, name in enumerate(steps, 1):
+        home = folder / "crashed"
+        shutil.copytree(before, home)
+        status = forked(attempt(home), fault_at=number)
+        if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
+            bad.append(f"{number} {name}: not killed ({status})")
+        for artifact in Store(home).artifacts():
+            if artifact.verify():
+                bad.append(f"{number} {name}: left a broken artifact: {artifact.verify()}")
+        if forked(attempt(home)) != 0 or digests(home) != wanted:
+            bad.append(f"{number} {name}: {digests(home)} instead of {wanted}")
+        elif any(Store(home).home.rglob("*.tmp")):
+            bad.append(f"{number} {name}: left a temporary file")
+        shutil.rmtree(home)
+    return {"steps": len(steps), "bad": bad}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]))))

@@ -1,0 +1,150 @@
+"""Pipeline files: variables, inputs by step name, errors, dry runs; and every shipped file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bnfctl import pipeline
+from bnfctl.artifact import Artifact, Store
+from bnfctl.errors import UsageError
+from tests.conftest import REPOSITORY, Done
+
+SHIPPED = sorted((REPOSITORY / "pipelines").glob("*.yaml"))
+
+TWO_TRAININGS = """
+vars: {model: lab, loss: bnf}
+steps:
+  pairs: {stage: build, input: prefs.jsonl}
+  one: {stage: train, model: "${vars.model}", data: pairs, loss: "${vars.loss}"}
+  two: {stage: train, model: "${vars.model}", data: pairs, loss: sft, lr: 1e-5}
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "p.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_every_shipped_pipeline_is_valid_and_dry_runs(path: Path, store: Store) -> None:
+    verdicts = pipeline.Run(pipeline.read(path), store).dry()
+    assert [verdict for _, verdict in verdicts]
+    assert all("to be made" in verdict for _, verdict in verdicts)
+
+
+def test_the_papers_recipes_have_its_hyper_parameters(store: Store) -> None:
+    rates = {"mistral-7b-instruct": 5e-7, "llama3-8b-instruct": 6e-7, "gemma2-9b-it": 8e-7}
+    for name, lr in rates.items():
+        run = pipeline.Run(pipeline.read(REPOSITORY / "pipelines" / f"{name}.yaml"), store)
+        config = run.config(run.steps[-1])
+        assert (config.lr, config.batch_size, config.epochs, config.max_length, config.warmup) == (lr, 128, 1, 4096, 0.1)
+
+
+def test_variables_and_set(tmp_path: Path) -> None:
+    path = write(tmp_path, TWO_TRAININGS)
+    steps = pipeline.read(path, ["vars.loss=nll-pll"])
+    assert [step.raw.get("loss") for step in steps] == [None, "nll-pll", "sft"]
+    assert steps[1].raw["model"] == "lab"
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "what"),
+    [
+        ("steps: {a: {stage: build, input: x}}\nstepz: 1", (), r"unknown key 'stepz' \(did you mean 'steps'"),
+        ("vars: {}", (), "no steps"),
+        ("- 1", (), "expected `vars:` and `steps:`"),
+        ("steps: {a: {input: x}}", (), "a step needs a stage"),
+        ("steps: {a: {stage: biuld, input: x}}", (), "did you mean 'build'"),
+        ("steps: {a: {stage: build, inptu: x}}", (), r"unknown key 'inptu' \(did you mean 'input'"),
+        ("steps: {a: {stage: build, input: '${vars.x}'}}", (), "unknown variable"),
+        ("vars: {x: 1}\nsteps: {a: {stage: build, input: x}}", ("vars.y=1",), "no variable 'y'"),
+        ("vars: {x: 1}\nsteps: {a: {stage: build, input: x}}", ("x=1",), "not a setting"),
+        ("steps: {a: {stage: build}}", (), "input is missing"),
+        ("steps: {a: {stage: build, input: x, pairing_ratio: much}}", (), "pairing_ratio is a number"),
+        ("steps: {a: {stage: train, model: lab, data: b}, b: {stage: build, input: x}}", (), "step 'b' does not come before"),
+    ],
+)
+def test_bad_files_say_where(tmp_path: Path, store: Store, text: str, settings: tuple[str, ...], what: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(UsageError, match=what) as caught:
+        pipeline.Run(pipeline.read(path, settings), store)
+    assert str(path) in str(caught.value.where) or caught.value.where == "--set"
+
+
+def test_unknown_step_to_start_from(tmp_path: Path, store: Store) -> None:
+    steps = pipeline.read(write(tmp_path, TWO_TRAININGS))
+    with pytest.raises(UsageError, match="did you mean 'pairs'"):
+        pipeline.Run(steps, store, start="pair")
+
+
+def test_inputs_by_step_name_become_artifacts(tmp_path: Path, store: Store, make_build: Callable[..., Artifact]) -> None:
+    run = pipeline.Run(pipeline.read(write(tmp_path, TWO_TRAININGS)), store)
+    made = make_build()
+    run.made["pairs"] = made
+    configs = [run.config(step) for step in run.steps[1:]]
+    assert [config.data for config in configs] == [str(made.path)] * 2
+    assert [config.loss for config in configs] == ["bnf", "sft"]
+    plans = [run.plan(step, lambda first: None) for step in run.steps[1:]]
+    assert plans[0].key != plans[1].key
+    assert all(plan.inputs["data"].digest == made.manifest.digest for plan in plans)
+
+
+PREFERENCES = """{"prompt": "Say hi.", "chosen": "hi", "rejected": "no"}
+{"prompt": "Say bye.", "chosen": "bye", "rejected": "no"}
+"""
+
+SMALL = """
+vars: {seed: "0"}
+steps:
+  pairs: {stage: build, input: PREFS, seed: "${vars.seed}"}
+  masked: {stage: build, input: PREFS, pairing_ratio: 0}
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    prefs = tmp_path / "prefs.jsonl"
+    prefs.write_text(PREFERENCES)
+    return write(tmp_path, SMALL.replace("PREFS", str(prefs)))
+
+
+def test_run_then_cached_then_forced(small: Path, bnfctl: Callable[..., Done]) -> None:
+    first = bnfctl("run", small, "--json")
+    assert first.code == 0, first.err
+    assert [step["cached"] for step in first.json["steps"]] == [False, False]
+    again = bnfctl("run", small, "--json")
+    assert [step["cached"] for step in again.json["steps"]] == [True, True]
+    assert "[pairs] cached build/" in again.err
+    other = bnfctl("run", small, "--json", "--set", "vars.seed=5")
+    assert [step["cached"] for step in other.json["steps"]] == [False, True]
+    forced = bnfctl("run", small, "--json", "--force", "--from", "masked")
+    assert [step["cached"] for step in forced.json["steps"]] == [True, False]
+    same: Any = [step["digest"] for step in first.json["steps"]]
+    assert [step["digest"] for step in forced.json["steps"]] == same
+    assert Path(bnfctl("run", small).out.strip()).is_dir(), "stdout is the last artifact's path, and nothing else"
+
+
+def test_from_needs_the_steps_before(small: Path, bnfctl: Callable[..., Done]) -> None:
+    done = bnfctl("run", small, "--from", "masked")
+    assert done.code == 2
+    assert "comes before --from and is not made yet" in done.err
+    assert "hint: start earlier: --from pairs" in done.err
+
+
+def test_a_failed_step_says_where_its_log_is_and_a_rerun_goes_on(small: Path, bnfctl: Callable[..., Done]) -> None:
+    prefs = small.parent / "prefs.jsonl"
+    good = prefs.read_text()
+    prefs.write_text(good + "{broken\n")
+    failed = bnfctl("run", small)
+    assert failed.code == 2
+    assert "error: broken JSON" in failed.err
+    assert f"{prefs}:3" in failed.err
+    log = failed.err.rsplit("log: ", 1)[1].splitlines()[0]
+    assert "broken JSON" in Path(log).read_text()
+    prefs.write_text(good)
+    assert bnfctl("run", small).code == 0
