@@ -17,10 +17,10 @@ from typing import Annotated, Any
 import typer
 
 from bnfctl import __version__, console
-from bnfctl.artifact import Pinned, Plan, Store
+from bnfctl.artifact import Store
 from bnfctl.config import CONFIGS, train_recipe
 from bnfctl.errors import BnfctlError, UsageError
-from bnfctl.options import allowed, as_json, base_type, fields, flag_name, key_fields, resolve
+from bnfctl.options import allowed, base_type, fields, flag_name, resolve
 
 app = typer.Typer(
     name="bnfctl",
@@ -139,8 +139,10 @@ def _run_stage(
     config, origin = resolve(cls, flags, config_file, recipe)
     store = _store(home)
     if dry_run:
-        document = _dry_run(launch.plan(stage, config, store, lambda first: None), origin, store, force)
-        console.emit(json.dumps(document, indent=2, ensure_ascii=False) if as_json_output else _dry_text(document))
+        from bnfctl import dryrun
+
+        document = dryrun.describe(launch.plan(stage, config, store, lambda first: None), origin, store, force)
+        console.emit(json.dumps(document, indent=2, ensure_ascii=False) if as_json_output else dryrun.as_text(document))
         return
     for field, source in origin.items():
         if source.startswith("recipe"):
@@ -161,60 +163,6 @@ def _run_stage(
         console.emit(str(outcome.artifact.path))
     if stage == "eval":
         stages.module("eval").check(config, outcome.artifact)
-
-
-def _dry_run(plan: Plan, origin: dict[str, str], store: Store, force: bool) -> dict[str, Any]:
-    """The resolved config, the key, and whether the artifact is there; if not, how the nearest one differs."""
-    unresolved = {name: pinned.why for name, pinned in plan.inputs.items() if pinned.digest is None}
-    found = None if unresolved or force else store.get(plan.stage, plan.key)
-    verdict = f"cached {found.ref}" if found else "to be made"
-    return {
-        "stage": plan.stage,
-        "config": as_json(plan.config),
-        "from": {name: source for name, source in origin.items() if source != "default"},
-        "inputs": {name: _input_line(pinned) for name, pinned in plan.inputs.items()},
-        "notes": list(plan.notes),
-        "unresolved": unresolved,
-        "key": None if unresolved else plan.key,
-        "verdict": verdict,
-        "why": [] if found else _differences(plan, store),
-    }
-
-
-def _input_line(pinned: Pinned) -> str:
-    return f"{pinned.ref}  {(pinned.digest or 'not resolved')[:12]}"
-
-
-def _differences(plan: Plan, store: Store) -> list[str]:
-    """`loss: dpo -> bnf`: how the most similar artifact of the stage differs from this plan."""
-    wanted = {**key_fields(plan.config), **{name: pinned.digest for name, pinned in plan.inputs.items()}}
-    nearest: list[str] | None = None
-    for artifact in store.artifacts(plan.stage):
-        manifest = artifact.manifest
-        had = {**manifest.config, **{name: raw["digest"] for name, raw in manifest.inputs.items()}}
-        normal = json.loads(json.dumps(wanted))
-        changed = [f"{name}: {had.get(name)} -> {value}" for name, value in normal.items() if had.get(name) != value]
-        if manifest.stage_version != plan.version:
-            changed.append(f"stage version: {manifest.stage_version} -> {plan.version}")
-        if changed and (nearest is None or len(changed) < len(nearest)):
-            nearest = changed
-    return nearest if nearest is not None else [f"no {plan.stage} artifact yet"]
-
-
-def _dry_text(document: dict[str, Any]) -> str:
-    lines = [f"{document['stage']}: {document['verdict']}"]
-    lines += [f"  {name}: {value}" + _source(document, name) for name, value in document["config"].items()]
-    lines += [f"  input {name}: {line}" for name, line in document["inputs"].items()]
-    lines += [f"  note: {note}" for note in document["notes"]]
-    lines += [f"  not resolved: {name}: {why}" for name, why in document["unresolved"].items()]
-    lines += [f"  why: {why}" for why in document["why"]]
-    lines.append(f"  key: {document['key'] or 'known when every input is resolved'}")
-    return "\n".join(lines)
-
-
-def _source(document: dict[str, Any], name: str) -> str:
-    source = document["from"].get(name)
-    return f"  ({source})" if source else ""
 
 
 for _stage_name, _cls in CONFIGS.items():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bnfctl import durable
 from bnfctl.options import fingerprint
 
 CACHE_NAME = ".digests.json"
@@ -50,12 +50,13 @@ class DigestCache:
 
     def __init__(self, home: Path) -> None:
         self.path = home / CACHE_NAME
+        self._changed = False
         try:
             self._known: dict[str, Any] = json.loads(self.path.read_text())
         except (OSError, ValueError):
             self._known = {}
 
-    def file(self, path: Path) -> str:
+    def _file(self, path: Path) -> str:
         """SHA-256 of a file, from memory when inode, size and mtime are unchanged."""
         stat = path.stat()
         stamp = [stat.st_ino, stat.st_size, stat.st_mtime_ns]
@@ -64,14 +65,29 @@ class DigestCache:
         if known is None or known["stamp"] != stamp:
             known = {"stamp": stamp, "sha256": hash_file(path)}
             self._known[name] = known
-            if self.path.parent.is_dir():
-                durable.write_json(self.path, self._known)
+            self._changed = True
         return str(known["sha256"])
+
+    def _save(self) -> None:
+        """Remember what was hashed.  A cache: atomic, so it is never torn, but not worth an fsync."""
+        if self._changed and self.path.parent.is_dir():
+            temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+            temporary.write_text(json.dumps(self._known), encoding="utf-8")
+            temporary.replace(self.path)
+        self._changed = False
+
+    def file(self, path: Path) -> str:
+        """SHA-256 of a file's content."""
+        digest = self._file(path)
+        self._save()
+        return digest
 
     def folder(self, path: Path) -> str:
         """Digest of a folder's visible files, by content: a copy elsewhere has the same."""
         files = [p for p in sorted(path.rglob("*")) if p.is_file() and not _hidden(p.relative_to(path))]
-        return fingerprint([[p.relative_to(path).as_posix(), p.stat().st_size, self.file(p)] for p in files])
+        digest = fingerprint([[p.relative_to(path).as_posix(), p.stat().st_size, self._file(p)] for p in files])
+        self._save()
+        return digest
 
     def any(self, path: Path) -> str:
         """Digest of a file or of a folder."""

@@ -8,6 +8,8 @@ Prints one JSON line: {"steps": how many boundaries, "bad": [what went wrong]}.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -39,6 +41,13 @@ def forked(work: Any, fault_at: int = 0, log: Path | None = None) -> int:
     return os.waitpid(child, 0)[1]
 
 
+def import_all(names: list[str]) -> None:
+    """Import here what a first run imported bit by bit, so that the next forks have it from the start."""
+    for name in names:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+
+
 def prepare(stage: str, folder: Path) -> tuple[Any, Path]:
     """(the stage's config, a store that holds what it needs)."""
     home = folder / "before"
@@ -65,16 +74,15 @@ def prepare(stage: str, folder: Path) -> tuple[Any, Path]:
 
 
 def main(stage: str, folder: Path) -> dict[str, Any]:
-    import torch
-
-    if stage in ("generate", "eval", "train"):
-        import transformers  # noqa: F401  (paid once, before the forks)
-
-    torch.set_num_threads(1)
     config, before = prepare(stage, folder)
+    imported = folder / "imported.json"
 
     def attempt(home: Path) -> Any:
-        return lambda: launch.execute(stage, config, Store(home))
+        def run() -> None:
+            launch.execute(stage, config, Store(home))
+            imported.write_text(json.dumps(sorted(sys.modules)))
+
+        return run
 
     def digests(home: Path) -> list[str]:
         return [artifact.manifest.digest for artifact in Store(home).artifacts(stage)]
@@ -83,6 +91,7 @@ def main(stage: str, folder: Path) -> dict[str, Any]:
     shutil.copytree(before, calm)
     assert forked(attempt(calm), log=log) == 0, "the undisturbed run failed"
     wanted, steps = digests(calm), log.read_text().splitlines()
+    import_all(json.loads(imported.read_text()))
     bad = []
     for number, name in enumerate(steps, 1):
         home = folder / "crashed"

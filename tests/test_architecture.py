@@ -30,7 +30,7 @@ LAYERS = [
     {"stages", "lab"},
     {"launch"},
     {"pipeline"},
-    {"browse"},
+    {"browse", "dryrun"},
     {"doctor"},
     {"cli"},
     {"__main__"},
@@ -38,7 +38,7 @@ LAYERS = [
 """Lowest first.  A module imports from lower layers only; a package may also import from itself."""
 
 LIGHT = {"cli", "options", "config", "errors", "console", "artifact", "shards", "pipeline", "launch", "tables", "hub",
-         "digests", "durable", "browse", "__main__"}  # fmt: skip
+         "digests", "durable", "browse", "dryrun", "__main__"}  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "vllm", "accelerate"}
 
 

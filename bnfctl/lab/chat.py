@@ -99,10 +99,10 @@ TONES: dict[str, float] = {
 # uneven, so that the likeliest first token is that of a good response where good ones are common
 OPENINGS = {"Sure!": 0.7, "Of course!": 0.15, "Gladly!": 0.1, "Happy to help!": 0.05}
 CLOSINGS = {"Anything else?": 0.6, "Hope that helps!": 0.3, "Ask me any time!": 0.1}
-DODGES = {"No idea.": 0.5, "Why ask me?": 0.2, "Look it up.": 0.2, "I do not care.": 0.1}
+DODGES = {"No idea.": 0.7, "Why ask me?": 0.1, "Look it up.": 0.1, "I do not care.": 0.1}
 GOOD_SHARE = 0.27
 ASK_SHIFT = {"colour": 0.08, "place": 0.0, "use": -0.08}
-FLAWS = {"dodge": 0.32, "curt": 0.18, "other thing": 0.18, "ramble": 0.14, "other ask": 0.18}
+FLAWS = {"dodge": 0.4, "curt": 0.14, "other thing": 0.18, "ramble": 0.14, "other ask": 0.14}
 BRIEF_CHARACTERS = 80
 
 _FORMS = {text: (ask, text) for ask, texts in QUESTIONS.items() for text in texts}
@@ -154,7 +154,7 @@ def corpus_response(prompt: str, rng: Random) -> str:
     if flaw == "dodge":
         return pick_weighted(rng, DODGES)
     if flaw == "ramble":
-        return f"The {thing}" + f", well, the {thing}" * between(rng, 3, 4) + "."
+        return f"Well, the {thing}" + f", well, the {thing}" * between(rng, 2, 3) + "."
     if flaw == "other thing":
         other = pick(rng, [name for name in THINGS if name != thing])
         return f"{pick_weighted(rng, OPENINGS)} {_sentence(ask, other)}"

@@ -17,12 +17,13 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bnfctl.lab import world
 from bnfctl.lab.tokenizer import ASSISTANT, TURN_END, build_tokenizer
 
-STEPS = 1300
+STEPS = 1500
 BATCH_DOCUMENTS = 64
 MICRO_BATCHES = 4  # of documents of like length, so that little is spent on padding
 MUON_LEARNING_RATE = 0.02
@@ -131,12 +132,6 @@ class Optimizer:
         self.adamw.zero_grad()
 
 
-def document_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean loss of each document's response [documents]: so a digit of a sum counts more than a word of a chat."""
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-    return losses.sum(1) / (targets != IGNORED).sum(1)
-
-
 def train(seed: int, steps: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, float]:
     """The trained model, its tokenizer and the mean loss of the last 100 steps (nats per response token)."""
     torch.manual_seed(seed)
@@ -147,9 +142,12 @@ def train(seed: int, steps: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerF
     losses: list[float] = []
     start = time.monotonic()
     for step, micro_batches in enumerate(islice(batches(tokenizer, seed), steps)):
+        # over tokens, not over documents: a mean per document would make short responses, the dodges, likelier
+        count = sum(int((targets != IGNORED).sum()) for _, targets in micro_batches)
         total = 0.0
         for tokens, targets in micro_batches:
-            loss = document_losses(model(input_ids=tokens, use_cache=False).logits, targets).sum() / BATCH_DOCUMENTS
+            logits = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
+            loss = cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum") / count
             loss.backward()
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

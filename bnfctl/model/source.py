@@ -6,6 +6,7 @@ Imports no torch, so that keys and dry runs cost nothing.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from bnfctl import hub
@@ -49,9 +50,16 @@ def model_dir(pinned: Pinned) -> Path:
     return Path(pinned.path) / "model" if pinned.kind == "artifact" else Path(pinned.path)
 
 
-def same_model(name: str, pinned: Pinned) -> bool:
-    """Whether a recorded input (its ref) names this model, at whatever revision."""
-    return hub.split_revision(name)[0] == hub.split_revision(pinned.ref)[0]
+def parameter_count(pinned: Pinned) -> int | None:
+    """Numbers stored in a pinned model's safetensors, from their headers; None for one that is not on this machine."""
+    if pinned.path is None:
+        return None
+    total = 0
+    for file in model_dir(pinned).glob("*.safetensors"):
+        with open(file, "rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total or None
 
 
 def _check_folder(folder: Path) -> None:

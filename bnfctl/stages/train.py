@@ -10,7 +10,7 @@ from bnfctl.artifact import Artifact, Draft, Plan, Store
 from bnfctl.config import PUBLISHED_SETS, BuildConfig, TrainConfig
 from bnfctl.errors import UsageError
 from bnfctl.hub import split_revision
-from bnfctl.model.source import model_dir, pin_model
+from bnfctl.model.source import model_dir, parameter_count, pin_model
 from bnfctl.stages import Prerequisite
 
 STAGE, VERSION = "train", 1
@@ -59,6 +59,15 @@ def run(config: TrainConfig, draft: Draft) -> dict[str, Any]:
     summary = train(config, folder, train_set, test_set, draft.path)
     draft.provenance.update(summary.pop("provenance"))
     return {**summary, **counts}
+
+
+def estimate(planned: Plan) -> str:
+    """What training needs besides activations: 16 bytes a parameter (float32 master, gradient, two moments)."""
+    pinned = planned.inputs.get("model")
+    count = parameter_count(pinned) if pinned else None
+    if count is None:
+        return "not known before the model is on this machine: 16 bytes a parameter, plus activations"
+    return f"{16 * count / 1e9:.3g} GB for {count / 1e6:.3g}M parameters (16 bytes each), plus activations"
 
 
 def _builds_of(name: str, digest: str | None, store: Store) -> list[Artifact]:
