@@ -207,7 +207,6 @@ def free(found: list[Waste]) -> None:
             shutil.rmtree(item.path)
         except OSError as error:
             raise BnfctlError(f"could not delete: {error}", where=str(item.path)) from None
-        item.path.with_name(f"{item.path.name}.lock").unlink(missing_ok=True)
 
 
 def _held(lock: Path) -> bool:

@@ -116,11 +116,13 @@ def engine_note(artifact: Artifact) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     package, made = engine.split(" ", 1)
-    try:
-        today = version(package)
-    except PackageNotFoundError:
-        return f" (made with {engine})"
-    return "" if made == today else f" (made with {engine}; {today} is installed)"
+    for name in (package, f"{package}-cpu"):
+        try:
+            today = version(name)
+        except PackageNotFoundError:
+            continue
+        return "" if made == today else f" (made with {engine}; {today} is installed)"
+    return f" (made with {engine}, which is not installed)"
 
 
 def run_child(stage: str, config: Any, planned: Plan, store: Store, *, label: str, force: bool) -> Outcome:

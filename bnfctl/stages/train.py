@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.metadata import version
 from typing import Any
 
 from bnfctl import console
@@ -57,7 +58,7 @@ def run(config: TrainConfig, draft: Draft) -> dict[str, Any]:
         if count:
             console.say(f"{count} {_COUNTED[name]}")
     summary = train(config, folder, train_set, test_set, draft.path)
-    draft.provenance.update(summary.pop("provenance"))
+    draft.provenance.update(summary.pop("provenance"), engine=f"torch {version('torch')}")
     return {**summary, **counts}
 
 
