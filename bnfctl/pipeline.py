@@ -226,7 +226,7 @@ def headline(artifact: Artifact) -> str:
             parts.append(f"{name} {result['mean']:.3f}{gain}")
         return ", ".join(parts)
     shown = ("prompts", "candidates", "mean_reward", "null_rewards", "records", "train", "test", "steps", "tokens")
-    return ", ".join(f"{name} {summary[name]}" for name in shown if summary.get(name) is not None)
+    return ", ".join(f"{name} {summary[name]}" for name in shown if isinstance(summary.get(name), (int, float)))
 
 
 def table(results: list[Result]) -> str:

@@ -13,6 +13,7 @@ import pytest
 from bnfctl import launch
 from bnfctl.artifact import Artifact, Store
 from bnfctl.config import BuildConfig, GenerateConfig
+from bnfctl.errors import BnfctlError
 from tests.conftest import Done
 from tests.models import make_tokenizer
 from tests.stages.chain import run, write_jsonl
@@ -115,7 +116,9 @@ WITHOUT_HINT = pytest.mark.xfail(strict=True, reason="the error has no hint")
     [
         pytest.param("[1, 2]", "expected a JSON object", marks=WITHOUT_HINT),
         pytest.param({"prompt": 5, "responses": ["yes"]}, "a prompt is a text or a list", marks=WITHOUT_HINT),
-        pytest.param({"id": "q0", "prompt": "Another", "responses": ["a"]}, "two prompts with the id", marks=WITHOUT_HINT),
+        pytest.param(
+            {"id": "q0", "prompt": "Another", "responses": ["a"]}, "two prompts with the id", marks=WITHOUT_HINT
+        ),
         ({"prompt": "Q", "responses": []}, "responses is not a list"),
         ({"prompt": "Q", "responses": [{"txt": "a"}]}, "the response has no text"),
     ],
@@ -155,13 +158,13 @@ def test_empty_file(bnfctl: Run, store: Store, tmp_path: Path) -> None:
 
 def test_unknown_loss(bnfctl: Run, store: Store) -> None:
     done = bnfctl("train", "--model", "lab", "--loss", "dpoo")
-    refused(done, store, what=r"unknown loss 'dpoo' \(did you mean 'dpo'\?\)", where="^--loss$", hint="one of: bnf, sft")
+    refused(
+        done, store, what=r"unknown loss 'dpoo' \(did you mean 'dpo'\?\)", where="^--loss$", hint="one of: bnf, sft"
+    )
 
 
 @pytest.mark.parametrize("command", [("generate", "--prompts", "lab:chat", "--model"), ("eval", "--tasks", "lab-chat")])
-def test_model_folder_without_tokenizer(
-    command: tuple[str, ...], bnfctl: Run, store: Store, bare_model: Path
-) -> None:
+def test_model_folder_without_tokenizer(command: tuple[str, ...], bnfctl: Run, store: Store, bare_model: Path) -> None:
     for file in bare_model.iterdir():
         if file.name != "config.json":
             file.unlink()
@@ -193,10 +196,14 @@ def test_artifact_of_the_wrong_stage(
     )  # fmt: skip
 
 
-def flip(path: Path) -> None:
+def flip(path: Path, offset: int = 8) -> None:
     data = bytearray(path.read_bytes())
-    data[len(data) // 3] ^= 1
+    data[offset] ^= 1
     path.write_bytes(data)
+
+
+def flip_in_a_column_name(path: Path) -> None:
+    flip(path, path.read_bytes().rindex(b"answer"))
 
 
 def truncate(path: Path) -> None:
@@ -209,11 +216,15 @@ def truncate(path: Path) -> None:
         flip,
         truncate,
         pytest.param(
+            flip_in_a_column_name,
+            marks=pytest.mark.xfail(strict=True, reason="KeyError: the footer of a Parquet file has no checksum"),
+        ),
+        pytest.param(
             Path.unlink,
             marks=pytest.mark.xfail(strict=True, reason="an artifact whose shard is gone counts as one without rows"),
         ),
     ],
-    ids=["flipped byte", "truncated", "missing file"],
+    ids=["flipped byte", "truncated", "flipped byte of the footer", "missing file"],
 )
 def test_corrupted_artifact(damage: Callable[[Path], None], bnfctl: Run, store: Store, candidates: Artifact) -> None:
     damage(candidates.path / "rows" / "00000.parquet")
@@ -223,10 +234,28 @@ def test_corrupted_artifact(damage: Callable[[Path], None], bnfctl: Run, store: 
     )  # fmt: skip
 
 
+@pytest.mark.xfail(strict=True, reason="page headers and the footer have no checksum: some flips give other rows")
+def test_no_flipped_byte_gives_other_rows(candidates: Artifact) -> None:
+    shard = candidates.path / "rows" / "00000.parquet"
+    good, rows = shard.read_bytes(), list(candidates.rows())
+    wrong = []
+    for offset in range(0, len(good), 7):
+        flip(shard, offset)
+        try:
+            if list(candidates.rows()) != rows:
+                wrong.append(offset)
+        except BnfctlError:
+            pass
+        shard.write_bytes(good)
+    assert wrong == []
+
+
 def test_corrupted_manifest(bnfctl: Run, store: Store, candidates: Artifact) -> None:
     (candidates.path / "manifest.json").write_text("{")
     where = f"^{re.escape(str(candidates.path))}$"
-    refused(bnfctl("score", candidates.ref), store, before=1, what="not a readable artifact", where=where, hint="bnfctl rm")
+    refused(
+        bnfctl("score", candidates.ref), store, before=1, what="not a readable artifact", where=where, hint="bnfctl rm"
+    )
 
 
 @pytest.mark.xfail(strict=True, reason="rm reads the manifest that it is told to remove")

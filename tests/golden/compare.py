@@ -20,7 +20,9 @@ def compare(path: Path, version: int | str, rows: Any, update: bool) -> None:
     if known == found:
         return
     if known is not None and known["version"] == version:
-        pytest.fail(f"{path.name}: the rows changed and the version did not: {_first_change(known['rows'], found['rows'])}")
+        pytest.fail(
+            f"{path.name}: the rows changed and the version did not: {_first_change(known['rows'], found['rows'])}"
+        )
     if not update:
         stored = "none" if known is None else known["version"]
         pytest.fail(f"{path.name}: stored version {stored}, here {version}: pytest --update-golden writes the new rows")

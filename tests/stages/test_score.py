@@ -37,7 +37,12 @@ def responses(tmp_path: Path) -> Path:
     ],
 )
 def test_rules(
-    rule: str, pattern: str | None, sum_rewards: list[int], open_rewards: list[int | None], responses: Path, store: Store
+    rule: str,
+    pattern: str | None,
+    sum_rewards: list[int],
+    open_rewards: list[int | None],
+    responses: Path,
+    store: Store,
 ) -> None:
     made = run(ScoreConfig(input=str(responses), rule=rule, pattern=pattern), store)
     rows = [(row["prompt_id"], row["sample"], row["reward"]) for row in made.rows()]
@@ -119,7 +124,9 @@ def test_a_reward_model_gives_its_raw_logit(chain: Chain, reward_model: Path) ->
         assert rewards[0] == pytest.approx(float(model(input_ids=ids).logits), rel=1e-3, abs=1e-4)
 
 
-def test_a_reward_model_gives_no_reward_to_what_it_cannot_read(reward_model: Path, store: Store, tmp_path: Path) -> None:
+def test_a_reward_model_gives_no_reward_to_what_it_cannot_read(
+    reward_model: Path, store: Store, tmp_path: Path
+) -> None:
     path = write_jsonl(tmp_path / "long.jsonl", [{"id": "a", "prompt": "Hi", "responses": ["yes", "x" * 300]}])
     made = run(ScoreConfig(input=str(path), scorer="reward-model", model=str(reward_model)), store)
     first, second = made.rows()
@@ -183,7 +190,10 @@ def test_real_texts_go_through_score_build_and_train(policy: Path, store: Store,
     assert rewards == {"real-#0": [1, 1, 0], "real-#1": [1, 0, 0], "real-#2": [None]}
     build = run(BuildConfig(input=scores.ref, test_fraction=0), store)
     first, second = build.rows()
-    assert (first["chosen_text"], first["rejected_text"]) == (REAL[0]["responses"][0]["text"], REAL[0]["responses"][2]["text"])
+    assert (first["chosen_text"], first["rejected_text"]) == (
+        REAL[0]["responses"][0]["text"],
+        REAL[0]["responses"][2]["text"],
+    )
     assert second["chosen_text"].endswith("2500} ?"), "what UTF-8 cannot hold is replaced"
     assert build.manifest.summary["dropped_no_reward"] == 1
     assert build.manifest.summary["tokenizer"] is None
