@@ -86,7 +86,12 @@ def show(artifact: Artifact) -> str:
 
 
 def _plain(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
+    """Numbers to four digits, and one level of names, so that a line stays a line; --json has everything."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(part)}" for name, part in value.items() if not isinstance(part, dict))
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)
 
 
 def rows(artifact: Artifact, count: int) -> Iterator[str]:

@@ -30,6 +30,15 @@ class Always(Length):
         return Reward(1.0)
 
 
+class Third(Length):
+    """Every third response is right."""
+
+    name, binary = "third", True
+
+    def grade(self, prompt: Prompt, response: str) -> Reward:
+        return Reward(float(int(prompt.id.removeprefix("item-")) % 3 == 0))
+
+
 class Never(Length):
     """No response can be graded."""
 

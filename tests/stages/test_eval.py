@@ -28,7 +28,7 @@ Z = NormalDist().inv_cdf(0.975)
 
 @pytest.fixture(autouse=True)
 def fake_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("Length", "Always", "Never"):
+    for name in ("Length", "Always", "Third", "Never"):
         monkeypatch.setitem(tables.TASKS, name.lower(), f"tests.stages.fakes:{name}")
 
 
@@ -76,12 +76,13 @@ def test_means_and_intervals(policy: Path, store: Store) -> None:
     assert always["low"] == pytest.approx(9 / (9 + Z**2))
 
 
-def test_the_interval_of_a_binary_task_is_wilsons(store: Store) -> None:
-    summary = run(asked("lab", "lab-reasoning", limit=12), store).manifest.summary["tasks"]["lab-reasoning"]
-    share, n = summary["mean"], 12
-    assert 0 < share < 1, "the lab's model is good but not perfect"
+def test_the_interval_of_a_binary_task_is_wilsons(policy: Path, store: Store) -> None:
+    summary = run(asked(policy, "third", limit=9), store).manifest.summary["tasks"]["third"]
+    share = summary["mean"]
+    assert share == pytest.approx(1 / 3)
     for bound in (summary["low"], summary["high"]):
-        assert (share - bound) ** 2 == pytest.approx(Z**2 * bound * (1 - bound) / n)
+        assert (share - bound) ** 2 == pytest.approx(Z**2 * bound * (1 - bound) / 9)
+    assert summary["low"] < share < summary["high"]
 
 
 def test_the_gain_is_over_the_items_that_both_have(policy: Path, other: Path, store: Store) -> None:
