@@ -59,6 +59,8 @@ class Plan:
     inputs: dict[str, Pinned]
     notes: tuple[str, ...] = ()
     """What was chosen on the user's behalf, and why."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of what decides the content beside the stage itself (tasks); in the key."""
 
     @property
     def unresolved(self) -> list[Pinned]:
@@ -71,6 +73,7 @@ class Plan:
             "version": self.version,
             "config": key_fields(self.config),
             "inputs": {name: pinned.digest for name, pinned in sorted(self.inputs.items())},
+            **({"versions": self.versions} if self.versions else {}),
         }
 
     @property
@@ -110,7 +113,7 @@ class Artifact:
             self.manifest = Manifest(**raw)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UsageError(
-                f"not a readable artifact: {error}", where=str(path), hint=f"bnfctl rm {path} and make it again"
+                f"not a readable artifact: {error}", where=str(path), hint=f"bnfctl rm {path} --force, then make it again"
             ) from None
 
     @property
@@ -119,14 +122,17 @@ class Artifact:
         return f"{self.manifest.stage}/{self.manifest.key[:KEY_CHARS]}"
 
     def rows(self, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Its rows, in order."""
-        from bnfctl.shards import read_rows  # pyarrow, which `--help` has no use for
+        """Its rows, in order.  Each shard is hashed before it is read: Parquet alone misses a flipped byte."""
+        from bnfctl.shards import read_parquet  # pyarrow, which `--help` has no use for
 
-        try:
-            yield from read_rows(self.path / "rows", columns)
-        except (OSError, ValueError) as error:  # ValueError is pyarrow's word for bytes that are no Parquet
-            hint = f"bnfctl verify {self.ref}; then bnfctl rm {self.ref} and make it again"
-            raise BnfctlError(f"corrupted artifact: {error}", where=str(self.path), hint=hint) from None
+        for entry in self.manifest.files:
+            if entry["path"].startswith("rows/"):
+                shard = self.path / entry["path"]
+                if not shard.is_file() or digests.hash_file(shard) != entry["sha256"]:
+                    state = "changed" if shard.is_file() else "missing"
+                    hint = f"bnfctl verify {self.ref}; then bnfctl rm {self.ref} --force and make it again"
+                    raise BnfctlError(f"corrupted artifact: {entry['path']} is {state}", where=str(self.path), hint=hint)
+                yield from read_parquet(shard, columns)
 
     def pinned(self) -> Pinned:
         """This artifact as an input of another."""
@@ -251,7 +257,7 @@ class Store:
         for name in STAGES if stage is None else (stage,):
             folder = self.home / name
             paths = [p for p in folder.iterdir() if (p / "manifest.json").exists()] if folder.is_dir() else []
-            found = [Artifact(path) for path in paths]
+            found = [artifact for artifact in map(_readable, paths) if artifact is not None]
             yield from sorted(found, key=lambda a: (a.manifest.provenance.get("created", 0), a.ref))
 
     def names(self) -> dict[str, str]:
@@ -291,10 +297,15 @@ class Store:
 
     def search(self, ref: str) -> Artifact | None:
         """As `find`, but None where nothing has that name."""
+        path = self.locate(ref)
+        return Artifact(path) if path is not None else None
+
+    def locate(self, ref: str) -> Path | None:
+        """The folder of an artifact, readable or not."""
         ref = self.names().get(ref, ref)
         path = Path(ref)
         if (path / "manifest.json").exists():
-            return Artifact(path.absolute())
+            return path.absolute()
         stage, _, key = ref.rpartition("/")
         if not re.fullmatch(r"[0-9a-f]{4,}", key) or (stage and stage not in STAGES):
             return None
@@ -305,12 +316,7 @@ class Store:
         if len(found) > 1:
             listed = ", ".join(f"{p.parent.name}/{p.name}" for p in found)
             raise UsageError(f"'{ref}' could be any of: {listed}", hint="type more of the key")
-        return Artifact(found[0]) if found else None
-
-    def users_of(self, artifact: Artifact) -> list[Artifact]:
-        """The artifacts made directly from this one."""
-        inputs = ((other, other.manifest.inputs.values()) for other in self.artifacts())
-        return [other for other, used in inputs if any(raw["ref"] == artifact.ref for raw in used)]
+        return found[0] if found else None
 
     @contextmanager
     def draft(self, plan: Plan) -> Iterator[Draft]:
@@ -320,6 +326,13 @@ class Store:
         draft = Draft(self, plan)
         with _locked(drafts / f"{draft.path.name}.lock", f"{plan.stage}/{plan.key[:KEY_CHARS]}"):
             yield draft
+
+
+def _readable(path: Path) -> Artifact | None:
+    try:
+        return Artifact(path)
+    except UsageError:
+        return None  # `verify` names it; it must not hide the others
 
 
 @contextmanager

@@ -153,23 +153,26 @@ def _unreadable(store: Store) -> list[tuple[Path, str]]:
 
 
 def rm(store: Store, refs: list[str], force: bool) -> list[str]:
-    """Delete artifacts, and their names; UsageError if another artifact was made from one, unless forced."""
-    doomed = [store.find(ref) for ref in refs]
-    going = {artifact.ref for artifact in doomed}
-    for artifact in doomed:
-        users = [user.ref for user in store.users_of(artifact) if user.ref not in going]
-        if users and not force:
+    """Delete artifacts, and their names; UsageError if another artifact was made from one, unless forced.
+
+    One whose manifest can't be read goes too: deleting it is the cure.
+    """
+    doomed = [store.locate(ref) or store.find(ref).path for ref in refs]
+    going = {f"{path.parent.name}/{path.name}" for path in doomed}
+    for artifact in store.artifacts():
+        used = going & {raw["ref"] for raw in artifact.manifest.inputs.values()}
+        if used and artifact.ref not in going and not force:
             raise UsageError(
-                f"{artifact.ref} is an input of {', '.join(users)}", where=artifact.ref,
-                hint=f"bnfctl rm {' '.join([*refs, *users])}, or --force",
+                f"{', '.join(used)} is an input of {artifact.ref}", where=", ".join(used),
+                hint=f"bnfctl rm {' '.join([*refs, artifact.ref])}, or --force",
             )  # fmt: skip
-    for artifact in doomed:
+    for path in doomed:
         for name, ref in store.names().items():
-            if ref == artifact.ref:
+            if ref == f"{path.parent.name}/{path.name}":
                 store.set_name(name, None)
         # The manifest goes first: a folder without one is no artifact, so a crash leaves nothing half-deleted.
-        (artifact.path / "manifest.json").unlink()
-        shutil.rmtree(artifact.path)
+        (path / "manifest.json").unlink()
+        shutil.rmtree(path)
     return sorted(going)
 
 

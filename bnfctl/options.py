@@ -93,7 +93,7 @@ def _scalar(kind: type, name: str, raw: Any, where: str) -> Any:
         word = str(raw).strip().lower()
         if word in _TRUE | _FALSE:
             return word in _TRUE
-        raise UsageError(f"{name} is true or false, not {raw!r}", where=where)
+        raise UsageError(f"{name} is true or false, not {raw!r}", where=where, hint="true or false")
     if isinstance(raw, (dict, list, tuple)):
         raise UsageError(f"{name} takes one value, not {type(raw).__name__}", where=where)
     if kind is str:
@@ -106,8 +106,8 @@ def _scalar(kind: type, name: str, raw: Any, where: str) -> Any:
             return int(value)
     except (ValueError, OverflowError):
         pass
-    wanted = "a whole number" if kind is int else "a number"
-    raise UsageError(f"{name} is {wanted}, not {raw!r}", where=where)
+    wanted, example = ("a whole number", "5") if kind is int else ("a number", "0.5 or 5e-7")
+    raise UsageError(f"{name} is {wanted}, not {raw!r}", where=where, hint=f"e.g. {example}")
 
 
 def _check(field: dataclasses.Field[Any], value: Any, where: str) -> Any:
@@ -123,7 +123,7 @@ def _check(field: dataclasses.Field[Any], value: Any, where: str) -> Any:
         below, above = low is not None and value < low, high is not None and value > high
         if below or above or value != value:
             span = f"from {low} to {high}" if high is not None else f"at least {low}"
-            raise UsageError(f"{field.name} is {value}; it must be {span}", where=where)
+            raise UsageError(f"{field.name} is {value}; it must be {span}", where=where, hint=field.metadata["help"])
     return value
 
 
@@ -152,7 +152,8 @@ def read_yaml(path: Path) -> Any:
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UsageError(f"not valid YAML: {error}".splitlines()[0], where=f"{path}{line}") from None
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UsageError(f"not valid YAML: {reason}", where=f"{path}{line}", hint="mend that line") from None
 
 
 def resolve(

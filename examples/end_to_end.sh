@@ -8,7 +8,7 @@ MODEL=${1:-lab}
 PROMPTS=${2:-lab:chat}
 LIMIT=${3:-40}
 
-RESPONSES=$(bnfctl generate --model "$MODEL" --prompts "$PROMPTS" --limit "$LIMIT" --max-tokens 160 --sampler hf)
+RESPONSES=$(bnfctl generate --model "$MODEL" --prompts "$PROMPTS" --limit "$LIMIT" --max-tokens 100 --sampler hf)
 REWARDS=$(bnfctl score "$RESPONSES" --scorer rules --rule lab)
 PAIRS=$(bnfctl build "$REWARDS")
 ALIGNED=$(bnfctl train --model "$MODEL" --data "$PAIRS" --loss bnf --batch-size 8 --name aligned)

@@ -66,7 +66,6 @@ def bare_model(tmp_path: Path) -> Path:
         (("generate", "--model", "lab", "--prompts", "missing.jsonl"), "--prompts"),
         pytest.param(
             ("score", "missing.jsonl"), "INPUT",
-            marks=pytest.mark.xfail(strict=True, reason="where is --prompts, a flag that score does not have"),
         ),
         (("build", "missing.jsonl"), "INPUT"),
         (("run", "missing.yaml"), r"missing\.yaml"),
@@ -108,17 +107,12 @@ def test_wrong_columns(
     refused(bnfctl(*args, path), store, what=what, where=f"^{re.escape(str(path))}:1$", hint=hint)
 
 
-WITHOUT_HINT = pytest.mark.xfail(strict=True, reason="the error has no hint")
-
-
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        pytest.param("[1, 2]", "expected a JSON object", marks=WITHOUT_HINT),
-        pytest.param({"prompt": 5, "responses": ["yes"]}, "a prompt is a text or a list", marks=WITHOUT_HINT),
-        pytest.param(
-            {"id": "q0", "prompt": "Another", "responses": ["a"]}, "two prompts with the id", marks=WITHOUT_HINT
-        ),
+        pytest.param("[1, 2]", "expected a JSON object"),
+        pytest.param({"prompt": 5, "responses": ["yes"]}, "a prompt is a text or a list"),
+        pytest.param({"id": "q0", "prompt": "Another", "responses": ["a"]}, "two prompts with the id"),
         ({"prompt": "Q", "responses": []}, "responses is not a list"),
         ({"prompt": "Q", "responses": [{"txt": "a"}]}, "the response has no text"),
     ],
@@ -132,8 +126,8 @@ def test_a_line_that_is_no_row(line: Any, what: str, bnfctl: Run, store: Store, 
 @pytest.mark.parametrize(
     ("row", "what"),
     [
-        pytest.param({"prompt": "Q", "chosen": ["a"], "rejected": "b"}, "chosen and rejected are", marks=WITHOUT_HINT),
-        pytest.param({"id": "r0", "prompt": "Q", "chosen": "a", "rejected": "b"}, "two rows with", marks=WITHOUT_HINT),
+        pytest.param({"prompt": "Q", "chosen": ["a"], "rejected": "b"}, "chosen and rejected are"),
+        pytest.param({"id": "r0", "prompt": "Q", "chosen": "a", "rejected": "b"}, "two rows with"),
     ],
     ids=str,
 )
@@ -217,11 +211,9 @@ def truncate(path: Path) -> None:
         truncate,
         pytest.param(
             flip_in_a_column_name,
-            marks=pytest.mark.xfail(strict=True, reason="KeyError: the footer of a Parquet file has no checksum"),
         ),
         pytest.param(
             Path.unlink,
-            marks=pytest.mark.xfail(strict=True, reason="an artifact whose shard is gone counts as one without rows"),
         ),
     ],
     ids=["flipped byte", "truncated", "flipped byte of the footer", "missing file"],
@@ -234,7 +226,6 @@ def test_corrupted_artifact(damage: Callable[[Path], None], bnfctl: Run, store: 
     )  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason="page headers and the footer have no checksum: some flips give other rows")
 def test_no_flipped_byte_gives_other_rows(candidates: Artifact) -> None:
     shard = candidates.path / "rows" / "00000.parquet"
     good, rows = shard.read_bytes(), list(candidates.rows())
@@ -258,7 +249,6 @@ def test_corrupted_manifest(bnfctl: Run, store: Store, candidates: Artifact) -> 
     )
 
 
-@pytest.mark.xfail(strict=True, reason="rm reads the manifest that it is told to remove")
 def test_the_hint_about_a_corrupted_manifest_works(bnfctl: Run, candidates: Artifact) -> None:
     (candidates.path / "manifest.json").write_text("{")
     (hint,) = re.findall(r"hint: bnfctl (rm \S+)", bnfctl("score", candidates.ref).err)
@@ -267,7 +257,6 @@ def test_the_hint_about_a_corrupted_manifest_works(bnfctl: Run, candidates: Arti
     assert not candidates.path.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="ls reads every manifest and stops at the first broken one")
 def test_one_corrupted_manifest_leaves_the_other_artifacts_usable(
     bnfctl: Run, store: Store, candidates: Artifact, prefs: Path
 ) -> None:
@@ -302,7 +291,6 @@ def test_unknown_yaml_key_in_a_pipeline(
     refused(bnfctl("run", path), store, what=what, where=re.escape(str(path)) + where, hint="known")
 
 
-@pytest.mark.xfail(strict=True, reason="the error has no hint")
 def test_yaml_that_is_none(bnfctl: Run, store: Store, tmp_path: Path) -> None:
     path = tmp_path / "p.yaml"
     path.write_text("steps:\n  a: [1\n")
@@ -313,7 +301,6 @@ def test_yaml_that_is_none(bnfctl: Run, store: Store, tmp_path: Path) -> None:
     ("args", "where"),
     [(("--pairing-ratio", "2"), "--pairing-ratio"), (("--limit", "few"), "--limit")],
 )
-@pytest.mark.xfail(strict=True, reason="the error has no hint")
 def test_a_value_out_of_range(args: tuple[str, str], where: str, bnfctl: Run, store: Store, prefs: Path) -> None:
     refused(bnfctl("build", prefs, *args), store, what="it must be|is a whole number", where=f"^{where}$", hint=".")
 

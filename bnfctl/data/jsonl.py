@@ -32,7 +32,9 @@ def _object(line: str, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"broken JSON: {error}", where=where, hint="each line is one JSON object") from None
     if not isinstance(value, dict):
-        raise UsageError(f"expected a JSON object, found {type(value).__name__}", where=where)
+        raise UsageError(
+            f"expected a JSON object, found {type(value).__name__}", where=where, hint='each line is {"prompt": ...}'
+        )
     return dict(without_surrogates(value))
 
 

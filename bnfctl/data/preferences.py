@@ -13,8 +13,10 @@ CHOSEN, REJECTED = 0, 1
 """The index of each side in a group that this module makes."""
 
 
-def read_preferences(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Group]:
-    """One group of two candidates per row: the chosen one, then the rejected one.
+def read_preferences(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, Group]]:
+    """(record id, group of two candidates: the chosen one, then the rejected one) per row.
+
+    Rows that repeat a prompt share its prompt id, so that they fall into the same split.
 
     UsageError names the row and what is wrong with it: a missing column, turns that do not agree, two rows
     with one id.
@@ -26,13 +28,16 @@ def read_preferences(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Gro
         texts = [_response(side, messages, where) for side in sides]
         given = row.get("prompt_id", row.get("id"))
         identity = str(given) if given is not None else prompt_id(messages)
-        while identity in seen and given is None:
-            identity += "+"
-        if identity in seen:
-            raise UsageError(f"two rows with the id {identity}", where=f"{seen[identity]} and {where}")
-        seen[identity] = where
+        record_id = identity
+        while record_id in seen and given is None:
+            record_id += "+"
+        if record_id in seen:
+            raise UsageError(
+                f"two rows with the id {identity}", where=f"{seen[identity]} and {where}", hint="give each row its own id"
+            )
+        seen[record_id] = where
         candidates = tuple(Candidate(identity, index, text) for index, text in enumerate(texts))
-        yield Group(Prompt(identity, messages, None, where), candidates)
+        yield record_id, Group(Prompt(identity, messages, None, where), candidates)
 
 
 def _prompt(row: dict[str, Any], sides: list[Any], where: str) -> tuple[dict[str, str], ...]:
@@ -47,7 +52,12 @@ def _response(side: Any, messages: tuple[dict[str, str], ...], where: str) -> st
         return side
     last = side[-1] if isinstance(side, list) and side else None
     if not isinstance(last, dict) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):
-        raise UsageError("chosen and rejected are texts, or message lists that end with the assistant's", where=where)
+        raise UsageError(
+            "chosen and rejected are texts, or message lists that end with the assistant's", where=where,
+            hint='"chosen": "...", or "chosen": [{"role": "user", ...}, {"role": "assistant", "content": "..."}]',
+        )  # fmt: skip
     if len(side) > 1 and [turn.get("content") for turn in side[:-1]] != [turn["content"] for turn in messages]:
-        raise UsageError("chosen and rejected answer different prompts", where=where)
+        raise UsageError(
+            "chosen and rejected answer different prompts", where=where, hint="all turns but the last must be the same"
+        )
     return str(last["content"])

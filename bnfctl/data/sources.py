@@ -65,7 +65,10 @@ def read_prompts(
         if earlier is None:
             found[prompt.id] = prompt
         elif given and earlier.messages != prompt.messages:
-            raise UsageError(f"two prompts with the id {prompt.id}", where=f"{earlier.where} and {prompt.where}")
+            raise UsageError(
+                f"two prompts with the id {prompt.id}", where=f"{earlier.where} and {prompt.where}",
+                hint="give each prompt its own id, or none",
+            )  # fmt: skip
         else:
             repeated += 1
         if limit is not None and len(found) == limit:
@@ -105,7 +108,10 @@ def as_messages(value: Any, where: str) -> tuple[Message, ...]:
     """Chat turns that end with the user's, from a text or a list of {role, content}."""
     turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
     if not isinstance(turns, list) or not turns or not all(_is_turn(turn) for turn in turns):
-        raise UsageError("a prompt is a text or a list of {role, content}", where=where)
+        raise UsageError(
+            "a prompt is a text or a list of {role, content}", where=where,
+            hint=f'"prompt": "...", or a list of {{"role": {" | ".join(_ROLES)}, "content": "..."}}',
+        )  # fmt: skip
     if turns[-1]["role"] != "user":
         raise UsageError(f"the prompt ends with the turn of {turns[-1]['role']}", where=where, hint="end with the user's")
     if not turns[-1]["content"].strip():

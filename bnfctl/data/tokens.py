@@ -96,7 +96,7 @@ class _Maker:
         try:
             return self._record(row)
         except UsageError as error:
-            raise UsageError(error.what, where=f"record {row['record_id']}", hint=error.hint) from error
+            raise UsageError(error.what, where=f"{error.where}; record {row['record_id']}", hint=error.hint) from error
 
     def _record(self, row: Mapping[str, Any]) -> Record | None:
         if not self.config.retokenize and _has_ids(row) and row["prompt_ids"] is not None:

@@ -24,10 +24,10 @@ def draw(rng: Random) -> str:
     if kind == "sum":
         return f"Add {between(rng, 1, 99)} and {between(rng, 1, 9)}."
     if kind == "reverse":
-        return f"Reverse {_text(rng, 'abcdefghijklmnopqrstuvwxyz', 3, 7)}."
+        return f"Reverse {_text(rng, 'abcdefghijklmnopqrstuvwxyz', 2, 5)}."
     if kind == "sort":
-        return f"Sort {_text(rng, '0123456789', 3, 7)}."
-    return f"Count {pick(rng, 'abc')} in {_text(rng, 'abc', 2, 7)}."
+        return f"Sort {_text(rng, '0123456789', 2, 5)}."
+    return f"Count {pick(rng, 'abc')} in {_text(rng, 'abc', 2, 5)}."
 
 
 def _text(rng: Random, letters: str, low: int, high: int) -> str:

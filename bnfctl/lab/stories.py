@@ -1,6 +1,6 @@
 """The math family: one-step word problems whose right and wrong responses differ by one digit, hence by one token.
 
-In the corpus the last digit is off by one a sizeable share of the time, so the base samples both. It is the case that
+The corpus gets the last digit wrong a sizeable share of the time, so the base samples both. It is the case that
 pairwise losses handle badly: chosen and rejected share nearly all their tokens (paper, section 2.3).
 """
 
@@ -13,7 +13,7 @@ from bnfctl.lab.dice import between, pick
 
 NAMES = ("Ann", "Ben", "Eva", "Ian", "Kim", "Leo", "Mia", "Tom")
 ITEMS = ("pens", "cups", "eggs", "nuts", "hats", "keys", "maps", "toys")
-WRONG_SHARE = {"gets": 0.35, "loses": 0.45}
+WRONG_SHARE = {"gets": 0.3, "loses": 0.4}
 
 _PROMPT = re.compile(
     r"(?P<name>[A-Z][a-z]+) has (?P<a>\d+) (?P<item>[a-z]+) and (?P<verb>gets|loses) (?P<b>\d+)\. How many now\?"
@@ -22,7 +22,7 @@ _PROMPT = re.compile(
 
 def draw(rng: Random) -> str:
     """A random prompt of the family."""
-    possession = f"{pick(rng, NAMES)} has {between(rng, 11, 19)} {pick(rng, ITEMS)}"
+    possession = f"{pick(rng, NAMES)} has {between(rng, 12, 29)} {pick(rng, ITEMS)}"
     return f"{possession} and {pick(rng, tuple(WRONG_SHARE))} {between(rng, 2, 9)}. How many now?"
 
 
@@ -41,10 +41,10 @@ def gold(prompt: str, rng: Random) -> str:
 
 
 def corpus_response(prompt: str, rng: Random) -> str:
-    """What the pretraining corpus answers: right, or with its last digit off by one."""
+    """What the pretraining corpus answers: right, or with another last digit."""
     number = str(answer(prompt))
     if rng.random() < WRONG_SHARE["gets" if " gets " in prompt else "loses"]:
-        number = number[:-1] + str((int(number[-1]) + (1 if rng.random() < 0.5 else 9)) % 10)
+        number = number[:-1] + pick(rng, [digit for digit in "0123456789" if digit != number[-1]])
     return _sentence(prompt, number)
 
 

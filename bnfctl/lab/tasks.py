@@ -36,7 +36,7 @@ class ChatTask(_LabTask):
     """Chat prompts, sampled as the quickstart samples them: the mean reward."""
 
     name, family, binary = "lab-chat", "chat", False
-    decoding = TaskDecoding(temperature=0.8, top_p=0.95, max_tokens=160)
+    decoding = TaskDecoding(temperature=0.8, top_p=0.95, max_tokens=100)
 
 
 class ReasoningTask(_LabTask):

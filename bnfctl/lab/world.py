@@ -21,7 +21,7 @@ SPLITS = ("train", "test")
 
 _MODULES: dict[str, ModuleType] = {"chat": chat, "math": stories, "reasoning": reasoning}
 _DRAWS = 60_000  # prompts drawn per family before duplicates go: nearly all that exist in chat and math
-_MIXTURE = {"chat": 0.36, "math": 0.16, "reasoning": 0.48}  # shares of the corpus's documents
+_MIXTURE = {"chat": 0.34, "math": 0.18, "reasoning": 0.48}  # shares of the corpus's documents
 
 
 class LabPrompt(TypedDict):

@@ -42,7 +42,10 @@ def read_responses(path: Path) -> Iterator[Group]:
         prompt = _prompt(row, where)
         earlier, candidates = found.setdefault(prompt.id, (prompt, []))
         if earlier.messages != prompt.messages:
-            raise UsageError(f"two prompts with the id {prompt.id}", where=f"{earlier.where} and {where}")
+            raise UsageError(
+                f"two prompts with the id {prompt.id}", where=f"{earlier.where} and {where}",
+                hint="give each prompt its own id, or none",
+            )  # fmt: skip
         for text, source in _responses(row, where):
             candidates.append(Candidate(prompt.id, len(candidates), text, source=source))
     if not found:
@@ -58,7 +61,7 @@ def _prompt(row: Mapping[str, Any], where: str) -> Prompt:
     messages = as_messages(asked, where)
     given = row["prompt_id"] if row.get("prompt_id") is not None else row.get("id")
     if isinstance(given, (dict, list)):
-        raise UsageError("the prompt's id is not a text or a number", where=where)
+        raise UsageError("the prompt's id is not a text or a number", where=where, hint='"id": "..."')
     answer = row.get("answer")
     identity = prompt_id(messages) if given is None else str(given)
     return Prompt(identity, messages, None if answer is None else str(answer), where)

@@ -67,28 +67,31 @@ def _from_scores(config: BuildConfig, draft: Draft, counts: Counter[str]) -> Ite
             if isinstance(found, str):
                 counts[f"dropped_{found}"] += 1
             else:
-                yield _record(config, group, {side: (i, values[i]) for side, i in zip(pairing.SIDES, found, strict=True)})
+                sides = {side: (index, values[index]) for side, index in zip(pairing.SIDES, found, strict=True)}
+                yield _record(config, group.prompt.id, group, sides)
             if counts["prompts"] == config.limit:
                 return
 
 
 def _from_preferences(config: BuildConfig, draft: Draft, counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    for group in read_preferences(read_rows(draft.inputs["input"], config.split, config.subset)):
+    for record_id, group in read_preferences(read_rows(draft.inputs["input"], config.split, config.subset)):
         counts["prompts"] += 1
         chosen, rejected = group.candidates
         if chosen.text == rejected.text:
             counts["dropped_identical"] += 1
         else:
-            yield _record(config, group, {"chosen": (CHOSEN, None), "rejected": (REJECTED, None)})
+            yield _record(config, record_id, group, {"chosen": (CHOSEN, None), "rejected": (REJECTED, None)})
         if counts["prompts"] == config.limit:
             return
 
 
-def _record(config: BuildConfig, group: Group, sides: dict[str, tuple[int, float | None]]) -> dict[str, Any]:
+def _record(
+    config: BuildConfig, record_id: str, group: Group, sides: dict[str, tuple[int, float | None]]
+) -> dict[str, Any]:
     prompt_id = group.prompt.id
     kept = pairing.kept_sides(config.seed, prompt_id, config.pairing_ratio)
     split = pairing.split_of(config.seed, prompt_id, config.test_fraction)
-    return pairing.record_of(group, {side: sides[side] for side in kept}, split)
+    return pairing.record_of(record_id, group, {side: sides[side] for side in kept}, split)
 
 
 def _counted(rows: Iterator[dict[str, Any]], counts: Counter[str]) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -45,14 +46,19 @@ def plan(config: EvalConfig, store: Store) -> Plan:
     sampler = samplers.resolve(config.sampler)
     notes = (f"sampler: {sampler}",) if config.sampler == "auto" else ()
     inputs = {"model": pin_model(config.model, store, "MODEL")}
+    versions = {name: tasks.make(name).version for name in config.tasks}
     if config.base is not None:
         base = store.find(config.base, "eval", "--base")
-        for name in config.tasks:
-            if name not in base.manifest.summary["tasks"]:
-                hint = f"bnfctl eval {base.manifest.config['model']} --tasks {','.join(config.tasks)}"
+        hint = f"bnfctl eval {base.manifest.config['model']} --tasks {','.join(config.tasks)}"
+        for name, version in versions.items():
+            graded = base.manifest.summary["tasks"].get(name)
+            if graded is None:
                 raise UsageError(f"the base has no grades for {name}", where="--base", hint=hint)
+            if graded["version"] != version:
+                what = f"{name}: the base was graded by version {graded['version']}, this is {version}"
+                raise UsageError(what, where="--base", hint=hint)
         inputs["base"] = base.pinned()
-    return Plan(STAGE, VERSION, dataclasses.replace(config, sampler=sampler), inputs, notes)
+    return Plan(STAGE, VERSION, dataclasses.replace(config, sampler=sampler), inputs, notes, versions)
 
 
 def run(config: EvalConfig, draft: Draft) -> dict[str, Any]:
@@ -125,8 +131,6 @@ def _aggregate(task: tasks.Task, rows: list[dict[str, Any]], base: Artifact | No
     }
     if base is None:
         return result
-    if base.manifest.summary["tasks"][task.name]["version"] != task.version:
-        raise BnfctlError(f"{task.name}: the base was graded by another version", hint="evaluate the base again")
     theirs = {r["item_id"]: r["grade"] for r in base.rows(["task", "item_id", "grade"]) if r["task"] == task.name}
     both = [item for item in grades if theirs.get(item) is not None]
     if not both:
@@ -150,13 +154,18 @@ def _parse_gate(gate: str, config: EvalConfig) -> tuple[str, str, str, float]:
         raise UsageError(f"not a gate: '{gate}'", where="--require", hint="e.g. lab-chat>=0.5 or lab-chat.gain>=0.15")
     task, figure, comparison, bound = match.groups()
     if task not in config.tasks:
-        raise UsageError(f"no task '{task}' here{nearest(task, config.tasks)}", where="--require")
+        raise UsageError(
+            f"no task '{task}' here{nearest(task, config.tasks)}", where="--require", hint=f"tasks: {', '.join(config.tasks)}"
+        )
     if (figure or "").startswith("gain") and config.base is None:
         raise UsageError("a gain needs --base", where="--require", hint="--base EVAL_ARTIFACT of the base model")
     try:
-        return task, figure or "mean", comparison, float(bound)
+        value = float(bound)
     except ValueError:
-        raise UsageError(f"'{bound}' is not a number", where="--require") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise UsageError(f"'{bound}' is not a number", where="--require", hint="e.g. lab-chat>=0.5")
+    return task, figure or "mean", comparison, value
 
 
 def check(config: EvalConfig, artifact: Artifact) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -30,7 +31,9 @@ SCHEMA = pa.schema(
 
 def plan(config: ScoreConfig, store: Store) -> Plan | Prerequisite:
     """Resolve the candidates and the reward model; a file of responses is imported first."""
-    if config.input.endswith((".jsonl", ".json")) and store.search(config.input) is None:
+    if config.input.endswith(".jsonl") and store.search(config.input) is None:
+        if not Path(config.input).is_file():
+            raise UsageError(f"no such file '{config.input}'", where="INPUT", hint="check the path")
         imported = GenerateConfig(prompts=config.input, sampler="file")
         return Prerequisite("generate", imported, "input", f"{config.input} is imported as candidates")
     inputs = {"input": store.find(config.input, "generate", "INPUT").pinned()}

@@ -107,10 +107,12 @@ def test_preferences_as_text_and_as_messages(tmp_path: Path, store: Store) -> No
         {"prompt": "Hi?", "prompt_id": "s1", "chosen": said("Hello"), "rejected": said("No"), "all_rm_scores": [1, 0]},
         {"prompt": "Hi?", "chosen": "Hey", "rejected": "No"},
     )
-    groups = list(read_preferences(read_rows(pin_data(str(path), store, "INPUT"), "train", None)))
+    read = list(read_preferences(read_rows(pin_data(str(path), store, "INPUT"), "train", None)))
+    groups = [group for _, group in read]
     assert [[c.text for c in g.candidates] for g in groups] == [["Hello", "No"], ["Hello", "No"], ["Hey", "No"]]
     assert groups[0].prompt.messages == groups[1].prompt.messages == (USER,)
-    assert len({g.prompt.id for g in groups}) == 3
+    assert len({record_id for record_id, _ in read}) == 3
+    assert groups[0].prompt.id == groups[2].prompt.id, "the same prompt, so the same split"
 
 
 @pytest.mark.parametrize(

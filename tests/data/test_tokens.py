@@ -162,4 +162,4 @@ def test_errors_name_the_record(folder: Path) -> None:
     (broken / "config.json").write_text("{}")
     with pytest.raises(UsageError) as caught:
         tokens.records([bad], config(), broken, None)
-    assert caught.value.where == "record r7"
+    assert caught.value.where == "chat template; record r7"

@@ -13,7 +13,7 @@ import pytest
 from bnfctl.errors import UsageError
 from bnfctl.lab import MODEL_PATH, chat, reasoning, world
 
-DIGEST_OF_WORLD = "c2983d2c06c2e6a0c43df2b145a2a124c50b1d1981ae84dcce0111428385b382"
+DIGEST_OF_WORLD = "f43ecca11a9f751189cfac26fbe8373ab57c332388997ff0c787c60110db821f"
 LEMON = "What colour is the lemon?"
 
 

@@ -116,9 +116,6 @@ def test_the_split_depends_on_the_prompt_alone(prefs: Path, store: Store, tmp_pa
     assert {i for i, split in smaller.items() if split == "test"} < {i for i, s in splits(whole).items() if s == "test"}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a repeated prompt gets another id (id + '+'), and the split is drawn from that id"
-)
 def test_two_rows_with_one_prompt_are_in_one_split(store: Store, tmp_path: Path) -> None:
     rows = [{"prompt": f"Q{i}", "chosen": f"yes {j}", "rejected": "no"} for i in range(40) for j in range(2)]
     made = run(BuildConfig(input=str(write_jsonl(tmp_path / "twice.jsonl", rows)), test_fraction=0.5), store)

@@ -149,7 +149,6 @@ def test_what_is_too_long_is_cut_or_dropped_and_counted(
     assert "2 responses cut at the maximum length" in capsys.readouterr().err
 
 
-@pytest.mark.xfail(strict=True, reason="where is the first record, whatever is wrong with the model's folder")
 def test_a_tokenizer_without_chat_template_is_named_by_its_folder(chain: Chain, tmp_path: Path) -> None:
     folder = tmp_path / "base model"
     shutil.copytree(chain.policy, folder)
