@@ -113,7 +113,9 @@ class Artifact:
             self.manifest = Manifest(**raw)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UsageError(
-                f"not a readable artifact: {error}", where=str(path), hint=f"bnfctl rm {path} --force, then make it again"
+                f"not a readable artifact: {error}",
+                where=str(path),
+                hint=f"bnfctl rm {path} --force, then make it again",
             ) from None
 
     @property
@@ -131,7 +133,9 @@ class Artifact:
                 if not shard.is_file() or digests.hash_file(shard) != entry["sha256"]:
                     state = "changed" if shard.is_file() else "missing"
                     hint = f"bnfctl verify {self.ref}; then bnfctl rm {self.ref} --force and make it again"
-                    raise BnfctlError(f"corrupted artifact: {entry['path']} is {state}", where=str(self.path), hint=hint)
+                    raise BnfctlError(
+                        f"corrupted artifact: {entry['path']} is {state}", where=str(self.path), hint=hint
+                    )
                 yield from read_parquet(shard, columns)
 
     def pinned(self) -> Pinned:

@@ -73,7 +73,9 @@ _DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen,
 _Force = Annotated[bool, typer.Option("--force", help="Make it again even if it is there.")]
 _Stage = Annotated[str | None, typer.Argument(help="Only this stage.", autocompletion=lambda: list(CONFIGS))]
 _Ref = Annotated[str, typer.Argument(help="Name, stage/key or path.", autocompletion=_complete_artifact(None))]
-_Refs = Annotated[list[str], typer.Argument(help="Names, stage/keys or paths.", autocompletion=_complete_artifact(None))]
+_Refs = Annotated[
+    list[str], typer.Argument(help="Names, stage/keys or paths.", autocompletion=_complete_artifact(None))
+]
 _COMMON: dict[str, Any] = {
     "config_file": Annotated[Path | None, typer.Option("--config", help="YAML with any of these fields; flags win.")],
     "name": Annotated[str | None, typer.Option("--name", help="Give the artifact a name.")],
@@ -98,7 +100,9 @@ def _parameter(cls: type, field: Field[Any]) -> inspect.Parameter:
     if field.metadata["positional"]:
         hint = Annotated[str | None, typer.Argument(**shared)]
     elif kind is bool:
-        hint = Annotated[bool | None, typer.Option(f"{flag_name(field.name)}/--no-{flag_name(field.name)[2:]}", **shared)]
+        hint = Annotated[
+            bool | None, typer.Option(f"{flag_name(field.name)}/--no-{flag_name(field.name)[2:]}", **shared)
+        ]
     elif many:
         hint = Annotated[list[str] | None, typer.Option(flag_name(field.name), metavar=kind.__name__.upper(), **shared)]
     else:
@@ -172,8 +176,12 @@ for _stage_name, _cls in CONFIGS.items():
 @app.command()
 def run(
     file: Annotated[Path, typer.Argument(help="Pipeline YAML.")],
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="vars.NAME=VALUE", help="Change a variable.")] = None,
-    start: Annotated[str | None, typer.Option("--from", metavar="STEP", help="Start here; earlier steps must be made.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="vars.NAME=VALUE", help="Change a variable.")
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="STEP", help="Start here; earlier steps must be made.")
+    ] = None,
     home: _Home = None,
     dry_run: _DryRun = False,
     force: _Force = False,
@@ -213,7 +221,9 @@ def ls_(stage: _Stage = None, home: _Home = None, as_json_output: _Json = False)
 @app.command()
 def show(
     ref: _Ref,
-    rows: Annotated[int | None, typer.Option("--rows", min=1, metavar="N", help="The first N rows, as JSON lines.")] = None,
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=1, metavar="N", help="The first N rows, as JSON lines.")
+    ] = None,
     lineage: Annotated[bool, typer.Option("--lineage", help="What it was made from.")] = False,
     home: _Home = None,
     as_json_output: _Json = False,
@@ -252,10 +262,14 @@ def verify(refs: Annotated[list[str] | None, typer.Argument(help="Artifacts; def
     if as_json_output:
         console.emit(json.dumps(problems, indent=2))
     else:
-        console.emit("\n".join(f"{ref}: {'; '.join(found) or 'ok'}" for ref, found in problems.items()) or "no artifacts")
+        console.emit(
+            "\n".join(f"{ref}: {'; '.join(found) or 'ok'}" for ref, found in problems.items()) or "no artifacts"
+        )
     if bad:
         hint = f"bnfctl rm {next(iter(bad))} --force, then the command that made it"
-        raise BnfctlError(f"{len(bad)} of {len(problems)} artifacts are not what they were", where=next(iter(bad)), hint=hint)
+        raise BnfctlError(
+            f"{len(bad)} of {len(problems)} artifacts are not what they were", where=next(iter(bad)), hint=hint
+        )
 
 
 @app.command()
@@ -271,7 +285,9 @@ def rm(refs: _Refs, force: Annotated[bool, typer.Option("--force", help="Even if
 @app.command()
 def gc(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Free it without asking.")] = False,
-    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Only old checkpoints; drafts stay resumable.")] = False,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="Only old checkpoints; drafts stay resumable.")
+    ] = False,
     home: _Home = None,
     as_json_output: _Json = False,
 ) -> None:
@@ -314,7 +330,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 

@@ -35,7 +35,9 @@ class GenerateConfig:
     top_p: float = opt(0.95, help="Nucleus mass; 0.95 as in the paper's data sets.", low=1e-6, high=1)
     max_tokens: int = opt(4096, help="Longest response in tokens; the context may end it sooner.", low=1)
     seed: int = opt(0, help="Run seed; each prompt's own seed is a hash of it and the prompt id.")
-    long_prompts: str = opt("error", help="A prompt that fills the context: stop, or drop it.", choices=("error", "drop"))
+    long_prompts: str = opt(
+        "error", help="A prompt that fills the context: stop, or drop it.", choices=("error", "drop")
+    )
     dtype: str = opt("auto", help="Compute type; auto is bfloat16 on a GPU, float32 on a CPU.", choices=_DTYPES)
     chunk: int = opt(64, help="Prompts per chunk: hf samples (and both samplers save) chunk by chunk.", low=1)
     gpu_memory: float = opt(0.9, help="Share of the GPU's memory for vLLM. " + _MACHINE, key=False, low=0.05, high=1)
@@ -98,7 +100,10 @@ class TrainConfig:
     eval_every: int = opt(0, help="Report on the test split every N steps and at the end; 0 is never.", low=0)
     log_every: int = opt(1, help="A line in metrics.jsonl every N steps.", low=1)
     save_every: int = opt(
-        50, help="Checkpoint every N steps; 0 is never. A resumed run is exact, so it is not in the key.", key=False, low=0
+        50,
+        help="Checkpoint every N steps; 0 is never. A resumed run is exact, so it is not in the key.",
+        key=False,
+        low=0,
     )
     micro_tokens: int = opt(8192, help="Padded tokens per micro-batch. " + _SPEED_ONLY, key=False, low=1)
     trust_remote_code: bool = opt(False, help="Run code that comes with the model.")

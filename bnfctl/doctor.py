@@ -84,7 +84,9 @@ def _hub() -> Finding:
     try:
         HfApi().repo_info("llm-blender/PairRM", timeout=5.0)
     except Exception as error:  # whatever the client raises, the answer is that the hub did not answer
-        return Finding("hub", "note", f"not reached ({type(error).__name__}): folders, local files and the lab still work")
+        return Finding(
+            "hub", "note", f"not reached ({type(error).__name__}): folders, local files and the lab still work"
+        )
     signed_in = "with a token" if get_token() else "no token: gated models need `hf auth login`"
     return Finding("hub", "ok", signed_in)
 

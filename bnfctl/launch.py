@@ -90,7 +90,9 @@ def _make(planned: Plan, store: Store, force: bool) -> tuple[Artifact, bool]:
             if error.errno not in _FULL:
                 raise _unexpected(error, draft.path) from error
             what = f"no room to write: {error.strerror}"
-            raise BnfctlError(what, where=str(store.home), hint="free some disk (bnfctl gc), then the same command") from None
+            raise BnfctlError(
+                what, where=str(store.home), hint="free some disk (bnfctl gc), then the same command"
+            ) from None
         except Exception as error:
             raise _unexpected(error, draft.path) from error
 
@@ -215,7 +217,9 @@ def _child(request: Path) -> int:
     console.catch_signals()
     result = Path(raw["result"])
     try:
-        execute(raw["stage"], config_from_json(raw["stage"], raw["config"]), Store(Path(raw["home"])), force=raw["force"])
+        execute(
+            raw["stage"], config_from_json(raw["stage"], raw["config"]), Store(Path(raw["home"])), force=raw["force"]
+        )
         return 0
     except BnfctlError as error:
         console.report(error)

@@ -54,7 +54,9 @@ def read(path: Path, settings: Iterable[str] = ()) -> list[Step]:
         raise UsageError("expected `vars:` and `steps:`", where=str(path))
     for key in document:
         if key not in _TOP:
-            raise UsageError(f"unknown key '{key}'{nearest(key, _TOP)}", where=str(path), hint=f"known: {', '.join(_TOP)}")
+            raise UsageError(
+                f"unknown key '{key}'{nearest(key, _TOP)}", where=str(path), hint=f"known: {', '.join(_TOP)}"
+            )
     variables = _variables(document.get("vars") or {}, settings, path)
     steps = document.get("steps")
     if not isinstance(steps, Mapping) or not steps:
@@ -73,7 +75,9 @@ def _variables(given: Any, settings: Iterable[str], path: Path) -> dict[str, str
         name = name.removeprefix("vars.")
         if name not in variables:
             known = ", ".join(variables) or "none"
-            raise UsageError(f"no variable '{name}'{nearest(name, variables)}", where="--set", hint=f"{path} has: {known}")
+            raise UsageError(
+                f"no variable '{name}'{nearest(name, variables)}", where="--set", hint=f"{path} has: {known}"
+            )
         variables[name] = value
     return variables
 
@@ -112,7 +116,9 @@ class Run:
     def __init__(self, steps: list[Step], store: Store, *, start: str | None = None, force: bool = False) -> None:
         names = [step.name for step in steps]
         if start is not None and start not in names:
-            raise UsageError(f"no step '{start}'{nearest(start, names)}", where="--from", hint=f"steps: {', '.join(names)}")
+            raise UsageError(
+                f"no step '{start}'{nearest(start, names)}", where="--from", hint=f"steps: {', '.join(names)}"
+            )
         self.steps, self.store, self.force = steps, store, force
         self.first = names.index(start) if start else 0
         self.made: dict[str, Artifact | None] = {}
@@ -222,7 +228,11 @@ def headline(artifact: Artifact) -> str:
     if artifact.manifest.stage == "eval":
         parts = []
         for name, result in summary["tasks"].items():
-            gain = f" ({result['gain']:+.3f} [{result['gain_low']:+.3f}, {result['gain_high']:+.3f}])" if "gain" in result else ""
+            gain = (
+                f" ({result['gain']:+.3f} [{result['gain_low']:+.3f}, {result['gain_high']:+.3f}])"
+                if "gain" in result
+                else ""
+            )
             parts.append(f"{name} {result['mean']:.3f}{gain}")
         return ", ".join(parts)
     shown = ("prompts", "candidates", "mean_reward", "null_rewards", "records", "train", "test", "steps", "tokens")
@@ -232,7 +242,13 @@ def headline(artifact: Artifact) -> str:
 def table(results: list[Result]) -> str:
     """The table at the end of a run."""
     rows = [
-        [r.step.name, r.step.stage, "cached" if r.cached else f"{r.seconds:.1f} s", r.artifact.ref, headline(r.artifact)]
+        [
+            r.step.name,
+            r.step.stage,
+            "cached" if r.cached else f"{r.seconds:.1f} s",
+            r.artifact.ref,
+            headline(r.artifact),
+        ]
         for r in results
     ]
     return console.table("", ["step", "stage", "time", "artifact", "result"], rows, right=(2,))

@@ -66,7 +66,9 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
                 yield str(node.module), id(node) in top
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p != PACKAGE / "__init__.py"], ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p != PACKAGE / "__init__.py"], ids=lambda p: str(p.relative_to(PACKAGE))
+)
 def test_imports_only_go_down(path: Path) -> None:
     mine = top_name(path)
     for module, _ in imports(path):

@@ -99,7 +99,9 @@ def test_verify_sees_every_kind_of_damage(store: Store, make_build: Make) -> Non
 def test_verify_sees_a_changed_input(store: Store, tmp_path: Path) -> None:
     source = tmp_path / "x.jsonl"
     source.write_text("one")
-    plan = Plan("build", 1, BuildConfig(input="x"), {"input": Pinned("file", "x", store.digests.file(source), str(source))})
+    plan = Plan(
+        "build", 1, BuildConfig(input="x"), {"input": Pinned("file", "x", store.digests.file(source), str(source))}
+    )
     with store.draft(plan) as draft:
         draft.open()
         artifact = draft.publish({})
@@ -130,7 +132,10 @@ def test_newer_schema_is_refused(make_build: Make) -> None:
 
 def test_two_processes_on_one_draft(store: Store) -> None:
     with store.draft(plan_of()):
-        with pytest.raises(UsageError, match=f"another process .pid {os.getpid()}. is making build/"), store.draft(plan_of()):
+        with (
+            pytest.raises(UsageError, match=f"another process .pid {os.getpid()}. is making build/"),
+            store.draft(plan_of()),
+        ):
             pass
         with store.draft(plan_of(seed=1)):
             pass

@@ -116,7 +116,9 @@ def test_as_typed_names_the_published_set(bnfctl: Run) -> None:
     args = ("train", "--model", "meta-llama/Meta-Llama-3-8B-Instruct", "--loss", "bnf")
     dry = bnfctl(*args, "--dry-run")
     assert dry.code == 0, dry.err
-    assert "princeton-nlp/llama3-ultrafeedback-armorm, the published set of meta-llama/Meta-Llama-3-8B-Instruct" in dry.out
+    assert (
+        "princeton-nlp/llama3-ultrafeedback-armorm, the published set of meta-llama/Meta-Llama-3-8B-Instruct" in dry.out
+    )
     assert "lr: 6e-07  (recipe of meta-llama/Meta-Llama-3-8B-Instruct)" in dry.out
     real = bnfctl(*args)
     assert real.code == 2
@@ -183,7 +185,9 @@ def completions(words: str, home: Path) -> list[str]:
     env = {**os.environ, "_BNFCTL_COMPLETE": "complete_bash", "COMP_WORDS": f"bnfctl {words}",
            "COMP_CWORD": str(len(words.split(" "))), "BNFCTL_HOME": str(home)}  # fmt: skip
     code = "import sys; sys.argv = ['bnfctl']; from bnfctl.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False, cwd=REPOSITORY)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False, cwd=REPOSITORY
+    )
     return done.stdout.split()
 
 

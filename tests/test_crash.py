@@ -44,7 +44,13 @@ def run_pipeline(home: Path, kill_after: float | None = None) -> Any:
     command = [sys.executable, "-m", "bnfctl", "run", str(SMOKE), "--json", "--set", "vars.sampler=hf"]
     env = {**os.environ, **ENV, "BNFCTL_HOME": str(home)}
     process = subprocess.Popen(
-        command, env=env, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=env,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         out, err = process.communicate(timeout=kill_after or 600)

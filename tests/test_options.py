@@ -36,7 +36,12 @@ def other_value(cls: type, field: dataclasses.Field[Any], value: Any) -> Any:
         return f"{value}x"
     low, high = field.metadata["low"], field.metadata["high"]
     for candidate in ((value or 0) + 1, (value or 0) / 2, high, low):
-        if candidate is not None and candidate != value and (low is None or candidate >= low) and (high is None or candidate <= high):
+        if (
+            candidate is not None
+            and candidate != value
+            and (low is None or candidate >= low)
+            and (high is None or candidate <= high)
+        ):
             return kind(candidate)
     raise AssertionError(field.name)
 
@@ -66,7 +71,13 @@ def test_yaml_1_1_traps(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("model: no\nlr: 5e-7\nretokenize: on\nloss_arg: [beta=0.1]\ndata: null\n")
     config, origin = resolve(TrainConfig, {}, file)
-    assert (config.model, config.lr, config.retokenize, config.loss_arg, config.data) == ("no", 5e-7, True, ("beta=0.1",), None)
+    assert (config.model, config.lr, config.retokenize, config.loss_arg, config.data) == (
+        "no",
+        5e-7,
+        True,
+        ("beta=0.1",),
+        None,
+    )
     assert origin["lr"] == str(file)
 
 

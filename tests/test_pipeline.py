@@ -42,7 +42,13 @@ def test_the_papers_recipes_have_its_hyper_parameters(store: Store) -> None:
     for name, lr in rates.items():
         run = pipeline.Run(pipeline.read(REPOSITORY / "pipelines" / f"{name}.yaml"), store)
         config = run.config(run.steps[-1])
-        assert (config.lr, config.batch_size, config.epochs, config.max_length, config.warmup) == (lr, 128, 1, 4096, 0.1)
+        assert (config.lr, config.batch_size, config.epochs, config.max_length, config.warmup) == (
+            lr,
+            128,
+            1,
+            4096,
+            0.1,
+        )
 
 
 def test_variables_and_set(tmp_path: Path) -> None:
@@ -66,7 +72,11 @@ def test_variables_and_set(tmp_path: Path) -> None:
         ("vars: {x: 1}\nsteps: {a: {stage: build, input: x}}", ("x=1",), "not a setting"),
         ("steps: {a: {stage: build}}", (), "input is missing"),
         ("steps: {a: {stage: build, input: x, pairing_ratio: much}}", (), "pairing_ratio is a number"),
-        ("steps: {a: {stage: train, model: lab, data: b}, b: {stage: build, input: x}}", (), "step 'b' does not come before"),
+        (
+            "steps: {a: {stage: train, model: lab, data: b}, b: {stage: build, input: x}}",
+            (),
+            "step 'b' does not come before",
+        ),
     ],
 )
 def test_bad_files_say_where(tmp_path: Path, store: Store, text: str, settings: tuple[str, ...], what: str) -> None:
@@ -82,7 +92,9 @@ def test_unknown_step_to_start_from(tmp_path: Path, store: Store) -> None:
         pipeline.Run(steps, store, start="pair")
 
 
-def test_inputs_by_step_name_become_artifacts(tmp_path: Path, store: Store, make_build: Callable[..., Artifact]) -> None:
+def test_inputs_by_step_name_become_artifacts(
+    tmp_path: Path, store: Store, make_build: Callable[..., Artifact]
+) -> None:
     run = pipeline.Run(pipeline.read(write(tmp_path, TWO_TRAININGS)), store)
     made = make_build()
     run.made["pairs"] = made

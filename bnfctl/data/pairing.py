@@ -72,9 +72,7 @@ def best_and_worst(rewards: Sequence[float | None], min_margin: float) -> tuple[
     return best[1], worst[1]
 
 
-def record_of(
-    record_id: str, group: Group, sides: dict[str, tuple[int, float | None]], split: str
-) -> dict[str, Any]:
+def record_of(record_id: str, group: Group, sides: dict[str, tuple[int, float | None]], split: str) -> dict[str, Any]:
     """A row of SCHEMA; `sides` maps "chosen" / "rejected" to (index in the group, reward)."""
     row: dict[str, Any] = {
         "record_id": record_id,

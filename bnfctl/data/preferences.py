@@ -33,7 +33,9 @@ def read_preferences(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tup
             record_id += "+"
         if record_id in seen:
             raise UsageError(
-                f"two rows with the id {identity}", where=f"{seen[identity]} and {where}", hint="give each row its own id"
+                f"two rows with the id {identity}",
+                where=f"{seen[identity]} and {where}",
+                hint="give each row its own id",
             )
         seen[record_id] = where
         candidates = tuple(Candidate(identity, index, text) for index, text in enumerate(texts))

@@ -24,7 +24,7 @@ def pin_data(ref: str, store: Store, where: str, split: str = "train") -> Pinned
         return Pinned("file", str(path.absolute()), store.digests.file(path), str(path.absolute()))
     source, _, rest = ref.partition(":")
     if rest and source in PROMPTS:
-# Enumerating the rows would cost more than hashing the code that draws them.
+        # Enumerating the rows would cost more than hashing the code that draws them.
         code = Path(load(PROMPTS, source, "prompts").__code__.co_filename).parent.glob("*.py")
         return Pinned("lab", ref, fingerprint([rest, split, [store.digests.file(path) for path in sorted(code)]]))
     if hub.looks_like_hub(ref) and path.suffix != ".jsonl":
@@ -113,7 +113,9 @@ def as_messages(value: Any, where: str) -> tuple[Message, ...]:
             hint=f'"prompt": "...", or a list of {{"role": {" | ".join(_ROLES)}, "content": "..."}}',
         )  # fmt: skip
     if turns[-1]["role"] != "user":
-        raise UsageError(f"the prompt ends with the turn of {turns[-1]['role']}", where=where, hint="end with the user's")
+        raise UsageError(
+            f"the prompt ends with the turn of {turns[-1]['role']}", where=where, hint="end with the user's"
+        )
     if not turns[-1]["content"].strip():
         raise UsageError("empty prompt", where=where, hint="remove the row, or give it a text")
     return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)

@@ -38,7 +38,9 @@ def pin_model(ref: str, store: Store, where: str = "--model") -> Pinned:
         name, _ = hub.split_revision(ref)
         return Pinned("hub-model", f"{name}@{commit}" if commit else ref, commit, None, why or None)
     raise UsageError(
-        f"no model '{ref}'", where=where, hint="a hub id (owner/name), a folder, a train artifact (bnfctl ls train) or lab"
+        f"no model '{ref}'",
+        where=where,
+        hint="a hub id (owner/name), a folder, a train artifact (bnfctl ls train) or lab",
     )
 
 

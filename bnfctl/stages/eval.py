@@ -121,7 +121,9 @@ def _aggregate(task: tasks.Task, rows: list[dict[str, Any]], base: Artifact | No
     mine = [row for row in rows if row["task"] == task.name]
     grades = {row["item_id"]: row["grade"] for row in mine if row["grade"] is not None}
     if not grades:
-        raise BnfctlError(f"{task.name}: no item could be graded", hint="bnfctl show of the rows tells what was answered")
+        raise BnfctlError(
+            f"{task.name}: no item could be graded", hint="bnfctl show of the rows tells what was answered"
+        )
     interval = statistics.wilson if task.binary else statistics.mean_interval
     result = {
         "version": task.version,
@@ -155,7 +157,9 @@ def _parse_gate(gate: str, config: EvalConfig) -> tuple[str, str, str, float]:
     task, figure, comparison, bound = match.groups()
     if task not in config.tasks:
         raise UsageError(
-            f"no task '{task}' here{nearest(task, config.tasks)}", where="--require", hint=f"tasks: {', '.join(config.tasks)}"
+            f"no task '{task}' here{nearest(task, config.tasks)}",
+            where="--require",
+            hint=f"tasks: {', '.join(config.tasks)}",
         )
     if (figure or "").startswith("gain") and config.base is None:
         raise UsageError("a gain needs --base", where="--require", hint="--base EVAL_ARTIFACT of the base model")

@@ -21,6 +21,7 @@ from bnfctl.samplers.file import read_responses
 
 STAGE, VERSION = "generate", 1
 
+
 def plan(config: GenerateConfig, store: Store) -> Plan:
     """Resolve the sampler, the model and the prompts."""
     sampler = samplers.resolve(config.sampler)

@@ -33,7 +33,9 @@ def plan(config: TrainConfig, store: Store) -> Plan | Prerequisite:
         if len(found) > 1:
             listed = ", ".join(artifact.ref for artifact in found)
             raise UsageError(
-                f"several builds were made from {config.model}: {listed}", where="--data", hint=f"--data {found[-1].ref}"
+                f"several builds were made from {config.model}: {listed}",
+                where="--data",
+                hint=f"--data {found[-1].ref}",
             )
         if not found:
             return _published(config)
@@ -93,4 +95,6 @@ def _published(config: TrainConfig) -> Prerequisite:
             hint=f"bnfctl generate --model {config.model} --prompts FILE, then score and build; or --data BUILD",
         )
     source = PUBLISHED_SETS[name]
-    return Prerequisite("build", BuildConfig(input=source), "data", f"{source}, the published set of {name}, is built first")
+    return Prerequisite(
+        "build", BuildConfig(input=source), "data", f"{source}, the published set of {name}, is built first"
+    )

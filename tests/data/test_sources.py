@@ -27,7 +27,9 @@ def prompts_of(path: Path, store: Store, **changes: Any) -> tuple[list[Prompt], 
 
 def test_texts_and_messages_with_and_without_ids(tmp_path: Path, store: Store) -> None:
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    path = file_of(tmp_path / "p.jsonl", {"prompt": "One?", "answer": 1}, {"id": 7, "messages": turns}, "", {"prompt": "One?"})
+    path = file_of(
+        tmp_path / "p.jsonl", {"prompt": "One?", "answer": 1}, {"id": 7, "messages": turns}, "", {"prompt": "One?"}
+    )
     prompts, repeated = prompts_of(path, store)
     assert [p.id for p in prompts] == [prompt_id(as_messages("One?", "")), "7"]
     assert prompts[0].answer == "1"
@@ -83,7 +85,9 @@ def test_a_column_is_suggested(tmp_path: Path, store: Store) -> None:
 def test_the_lab_by_name(store: Store) -> None:
     pinned = pin_data("lab:chat", store, "--prompts", "train")
     assert pinned.digest and pinned.digest != pin_data("lab:chat", store, "--prompts", "test").digest
-    prompts, _ = read_prompts(pinned, split="train", subset=None, prompt_column="prompt", answer_column="answer", limit=3)
+    prompts, _ = read_prompts(
+        pinned, split="train", subset=None, prompt_column="prompt", answer_column="answer", limit=3
+    )
     assert [p.id for p in prompts] == [f"lab-chat-train-00000{i}" for i in range(3)]
 
 
@@ -121,7 +125,10 @@ def test_preferences_as_text_and_as_messages(tmp_path: Path, store: Store) -> No
         ({"prompt": "x", "chosen": "a"}, "no column 'rejected'"),
         ({"chosen": "a", "rejected": "b"}, "no column 'prompt'"),
         ({"prompt": "x", "chosen": said("a"), "rejected": [USER]}, "end with the assistant's"),
-        ({"prompt": "x", "chosen": said("a"), "rejected": [{"role": "user", "content": "?"}, said("b")[1]]}, "different prompts"),
+        (
+            {"prompt": "x", "chosen": said("a"), "rejected": [{"role": "user", "content": "?"}, said("b")[1]]},
+            "different prompts",
+        ),
     ],
 )
 def test_bad_preferences(row: dict[str, Any], what: str) -> None:

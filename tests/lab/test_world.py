@@ -13,7 +13,7 @@ import pytest
 from bnfctl.errors import UsageError
 from bnfctl.lab import MODEL_PATH, chat, reasoning, world
 
-DIGEST_OF_WORLD = "f43ecca11a9f751189cfac26fbe8373ab57c332388997ff0c787c60110db821f"
+DIGEST_OF_WORLD = "a180057ef30636e1d0115c5ee281e425d46dffa24d7293c78d6e6a4a8b230813"
 LEMON = "What colour is the lemon?"
 
 
