@@ -66,6 +66,12 @@ class Plan:
     def unresolved(self) -> list[Pinned]:
         return [pinned for pinned in self.inputs.values() if pinned.digest is None]
 
+    def require_resolved(self, where: str) -> None:
+        """UsageError where an input could not be pinned."""
+        for pinned in self.unresolved:
+            hint = "bnfctl doctor checks the hub access; a folder or a file works without it"
+            raise UsageError(f"could not resolve {pinned.ref}: {pinned.why}", where=where, hint=hint)
+
     def asked(self) -> dict[str, Any]:
         """The document whose fingerprint is the key."""
         return {
@@ -95,6 +101,7 @@ class Manifest:
     files: list[dict[str, Any]]
     summary: dict[str, Any]
     provenance: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 class Artifact:
@@ -142,7 +149,7 @@ class Artifact:
         """This artifact as an input of another."""
         return Pinned("artifact", self.ref, self.manifest.digest, str(self.path))
 
-    def verify(self, cache: digests.DigestCache | None = None) -> list[str]:
+    def verify(self) -> list[str]:
         """What is wrong: files changed, missing or added, and inputs that are no longer what they were."""
         recorded = {entry["path"]: entry for entry in self.manifest.files}
         found = {entry.path: asdict(entry) for entry in digests.entries(self.path, CONTENT)}
@@ -155,17 +162,27 @@ class Artifact:
 
     def _changed_inputs(self) -> Iterator[str]:
         for name, raw in self.manifest.inputs.items():
-            path = Path(raw["path"]) if raw["path"] else None
-            if path is None or not path.exists():
+            if raw["path"] is None:
                 continue
-            if raw["kind"] == "artifact":
-                now = Artifact(path).manifest.digest
-            elif raw["kind"] in ("folder", "file", "lab"):
-                now = digests.DigestCache(Path(os.devnull)).any(path)
-            else:
+            path = self.input_path(name)
+            if not path.exists():
+                yield f"input {name} is gone: {path}"
+                continue
+            try:
+                now = (
+                    Artifact(path).manifest.digest if raw["kind"] == "artifact" else digests.DigestCache(None).any(path)
+                )
+            except UsageError as error:
+                yield f"input {name} can't be read: {error.what}"
                 continue
             if now != raw["digest"]:
                 yield f"input {name} has changed since: {path}"
+
+    def input_path(self, name: str) -> Path:
+        """Where an input lies: beside this artifact (a store may be moved as a whole), else where it was."""
+        raw = self.manifest.inputs[name]
+        beside = self.path.parent.parent / raw["ref"]
+        return beside if raw["kind"] == "artifact" and beside.exists() else Path(raw["path"])
 
 
 class Draft:
@@ -189,13 +206,18 @@ class Draft:
         assert path is not None
         return Artifact(Path(path))
 
-    def discard(self) -> None:
-        """Forget what an interrupted run left, except its log."""
+    def start_over(self) -> None:
+        """Forget what an earlier run left, except its log; once: an interrupted forced run is resumed like any other."""
+        mark = self.scratch / "forced"
+        if mark.exists():
+            return
         for path in self.path.glob("*"):
             if path.is_dir() and path.name != "log":
                 shutil.rmtree(path)
             elif path.is_file():
                 path.unlink()
+        self.scratch.mkdir(parents=True)
+        mark.touch()
 
     def open(self) -> None:
         """Make the folder, or take over what an interrupted run left in it."""
@@ -219,10 +241,12 @@ class Draft:
             [asdict(entry) for entry in files], summary,
             {"created": round(now), "seconds": round(now - self._started, 2), "host": platform.node(),
              "bnfctl": __version__, "python": platform.python_version(), **self.provenance},
+            self.plan.versions,
         )  # fmt: skip
         durable.write_json(self.path / "manifest.json", asdict(manifest))
         target = self.store.path(self.plan.stage, self.plan.key)
         target.parent.mkdir(parents=True, exist_ok=True)
+        durable.sync_dir(self.store.home)
         replaced = None
         if target.exists():
             replaced = self.path.with_name(f"{self.path.name}.replaced")
@@ -256,12 +280,21 @@ class Store:
         shutil.rmtree(path / "scratch", ignore_errors=True)
         return Artifact(path)
 
+    def holds(self, path: Path) -> bool:
+        """Whether a path is where this store keeps an artifact."""
+        place = path.resolve()
+        return place.parent.parent == self.home.resolve() and place.parent.name in STAGES
+
+    def folders(self, stage: str | None = None, whole: bool = True) -> list[Path]:
+        """The folders of artifacts; `whole`: only those with a manifest.  Other folders in the home are not ours."""
+        found = [path for name in STAGES if stage in (None, name) for path in sorted((self.home / name).glob("*"))]
+        mine = [path for path in found if re.fullmatch(f"[0-9a-f]{{{KEY_CHARS}}}", path.name) and path.is_dir()]
+        return [path for path in mine if not whole or (path / "manifest.json").exists()]
+
     def artifacts(self, stage: str | None = None) -> Iterator[Artifact]:
         """Every artifact, stage by stage, oldest first; unreadable ones are left to `verify`."""
         for name in STAGES if stage is None else (stage,):
-            folder = self.home / name
-            paths = [p for p in folder.iterdir() if (p / "manifest.json").exists()] if folder.is_dir() else []
-            found = [artifact for artifact in map(_readable, paths) if artifact is not None]
+            found = [artifact for artifact in map(_readable, self.folders(name)) if artifact is not None]
             yield from sorted(found, key=lambda a: (a.manifest.provenance.get("created", 0), a.ref))
 
     def names(self) -> dict[str, str]:
@@ -270,6 +303,9 @@ class Store:
             return dict(json.loads((self.home / "names.json").read_text(encoding="utf-8")))
         except FileNotFoundError:
             return {}
+        except ValueError as error:
+            where = str(self.home / "names.json")
+            raise UsageError(f"broken JSON: {error}", where=where, hint="mend or delete that file") from None
 
     def set_name(self, name: str, ref: str | None) -> None:
         """Give an artifact a name; None takes the name away."""
@@ -307,9 +343,9 @@ class Store:
     def locate(self, ref: str) -> Path | None:
         """The folder of an artifact, readable or not."""
         ref = self.names().get(ref, ref)
-        path = Path(ref)
-        if (path / "manifest.json").exists():
-            return path.absolute()
+        path = Path(ref).absolute()
+        if (path / "manifest.json").exists() and (self.holds(path) or _readable(path) is not None):
+            return path
         stage, _, key = ref.rpartition("/")
         if not re.fullmatch(r"[0-9a-f]{4,}", key) or (stage and stage not in STAGES):
             return None

@@ -126,30 +126,17 @@ def lineage_lines(tree: dict[str, Any], name: str = "", indent: str = "") -> Ite
 
 def verify(store: Store, refs: list[str]) -> dict[str, list[str]]:
     """Problems per artifact, of those named or of all; manifests that can't be read count too."""
-    found = [store.find(ref) for ref in refs] if refs else list(_readable(store))
-    problems = {artifact.ref: artifact.verify() for artifact in found}
-    if not refs:
-        problems |= {str(path): [f"unreadable manifest: {why}"] for path, why in _unreadable(store)}
-    return problems
-
-
-def _manifests(store: Store) -> list[Path]:
-    return sorted(store.home.glob("[a-z]*/*/manifest.json"))
-
-
-def _readable(store: Store) -> Iterator[Artifact]:
-    broken = {path for path, _ in _unreadable(store)}
-    yield from (Artifact(path.parent) for path in _manifests(store) if path.parent not in broken)
-
-
-def _unreadable(store: Store) -> list[tuple[Path, str]]:
-    found = []
-    for path in _manifests(store):
+    if refs:
+        return {artifact.ref: artifact.verify() for artifact in map(store.find, refs)}
+    problems = {}
+    for folder in store.folders():
         try:
-            Artifact(path.parent)
+            artifact = Artifact(folder)
         except UsageError as error:
-            found.append((path.parent, error.what))
-    return found
+            problems[f"{folder.parent.name}/{folder.name}"] = [f"unreadable manifest: {error.what}"]
+        else:
+            problems[artifact.ref] = artifact.verify()
+    return problems
 
 
 def rm(store: Store, refs: list[str], force: bool) -> list[str]:
@@ -157,7 +144,12 @@ def rm(store: Store, refs: list[str], force: bool) -> list[str]:
 
     One whose manifest can't be read goes too: deleting it is the cure.
     """
-    doomed = [store.locate(ref) or store.find(ref).path for ref in refs]
+    doomed = list(dict.fromkeys(store.locate(ref) or store.find(ref).path for ref in refs))
+    for path in doomed:
+        if not store.holds(path):
+            raise UsageError(
+                "not an artifact of this store", where=str(path), hint=f"the store is {store.home}; see --home"
+            )
     going = {f"{path.parent.name}/{path.name}" for path in doomed}
     for artifact in store.artifacts():
         used = going & {raw["ref"] for raw in artifact.manifest.inputs.values()}
@@ -202,19 +194,33 @@ def waste(store: Store, checkpoints_only: bool) -> tuple[list[Waste], list[str]]
         checkpoints = sorted((draft / "scratch" / "checkpoints").glob("step-*"))
         found += [Waste(old, f"old checkpoint {old.name} of {draft.name}", size_of(old)) for old in checkpoints[:-1]]
     if not checkpoints_only:
-        halves = [p for p in store.home.glob("[a-z]*/*") if p.is_dir() and not (p / "manifest.json").exists()]
-        halves += [path / "scratch" for path in store.home.glob("[a-z]*/*") if (path / "scratch").is_dir()]
+        halves = [path for path in store.folders(whole=False) if not (path / "manifest.json").exists()]
+        halves += [path / "scratch" for path in store.folders() if (path / "scratch").is_dir()]
         found += [Waste(path, f"leftover {path.relative_to(store.home)}", size_of(path)) for path in halves]
     return found, busy
 
 
-def free(found: list[Waste]) -> None:
-    """Delete what `waste` found."""
+def free(found: list[Waste]) -> int:
+    """Delete what `waste` found and no process has taken since; returns the bytes freed."""
+    freed = 0
     for item in found:
+        lock = item.path.with_name(f"{item.path.name}.lock")
         try:
-            shutil.rmtree(item.path)
+            if lock.exists():
+                with open(lock, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(item.path)
+            else:
+                shutil.rmtree(item.path)
+        except (BlockingIOError, FileNotFoundError):
+            console.say(f"left alone, in use by now: {item.what}")
+            continue
         except OSError as error:
-            raise BnfctlError(f"could not delete: {error}", where=str(item.path)) from None
+            raise BnfctlError(
+                f"could not delete: {error}", where=str(item.path), hint="check its permissions"
+            ) from None
+        freed += item.bytes
+    return freed
 
 
 def _held(lock: Path) -> bool:

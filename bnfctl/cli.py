@@ -32,6 +32,8 @@ app = typer.Typer(
 )
 
 _HOME_DEFAULT = "artifacts"
+_TO_STDOUT = {"-h", "--help", "--show-completion", "--install-completion"}
+"""What typer itself prints to stdout."""
 
 # Typer carries its own copy of click from 0.26 on: whichever it is, this is its base error.
 _ClickError: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
@@ -236,7 +238,11 @@ def show(
     store = _store(home)
     artifact = store.find(ref, where="REF")
     if rows is not None:
-        for line in browse.rows(artifact, rows):
+        lines = browse.rows(artifact, rows)
+        if as_json_output:
+            console.emit(json.dumps([json.loads(line) for line in lines], ensure_ascii=False))
+            return
+        for line in lines:
             console.emit(line)
         return
     if lineage:
@@ -305,8 +311,7 @@ def gc(
     elif not yes and not (sys.stdin.isatty() and typer.confirm(f"free {total}?", err=True)):
         console.say(f"would free {total}; nothing was freed (--yes frees it)")
         found = []
-    browse.free(found)
-    freed = sum(item.bytes for item in found)
+    freed = browse.free(found)
     console.emit(json.dumps({"freed_bytes": freed}) if as_json_output else f"freed {browse.human(freed)}")
 
 
@@ -339,7 +344,7 @@ def _root(
 
 def main() -> None:
     """Run the app; every error of ours becomes three lines and an exit code, never a traceback."""
-    if "_BNFCTL_COMPLETE" in os.environ or {"-h", "--help"} & set(sys.argv):
+    if "_BNFCTL_COMPLETE" in os.environ or len(sys.argv) == 1 or _TO_STDOUT & set(sys.argv):
         app()
     console.claim_stdout()
     console.catch_signals()
@@ -347,6 +352,9 @@ def main() -> None:
         code = app(standalone_mode=False) or 0
     except BnfctlError as error:
         code = _fail(error)
+    except OSError as error:
+        hint = "check the path, its permissions and the free disk; the same command resumes"
+        code = _fail(BnfctlError(error.strerror or str(error), where=str(error.filename or "--home"), hint=hint))
     except typer.Abort:
         code = 1
     except _ClickError as error:
@@ -357,6 +365,6 @@ def main() -> None:
 
 def _fail(error: BnfctlError) -> int:
     console.report(error)
-    if "--json" in sys.argv:
+    if "--json" in sys.argv and not console.has_emitted():
         console.emit(json.dumps(error.as_dict(), ensure_ascii=False))
     return error.exit_code

@@ -20,6 +20,7 @@ PLAIN_SECONDS = 30.0
 """Between two progress lines where stderr is not a terminal."""
 
 _stdout_fd: int | None = None
+_emitted = False
 _signal: int | None = None
 
 
@@ -36,6 +37,8 @@ def claim_stdout() -> None:
 
 def emit(text: str) -> None:
     """Write the result to the real stdout.  A reader that has gone away (`| head`) is not an error."""
+    global _emitted
+    _emitted = True
     data = (text.rstrip("\n") + "\n").encode("utf-8", "replace")
     fd = 1 if _stdout_fd is None else _stdout_fd
     if _stdout_fd is None:
@@ -45,6 +48,11 @@ def emit(text: str) -> None:
             data = data[os.write(fd, data) :]
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+
+def has_emitted() -> bool:
+    """Whether the result is out already: an error then adds no second document."""
+    return _emitted
 
 
 def say(text: str) -> None:

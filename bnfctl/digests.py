@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -48,13 +49,14 @@ def digest_of(files: list[FileEntry]) -> str:
 class DigestCache:
     """Digests of input files and folders, kept in one JSON file of the artifact store."""
 
-    def __init__(self, home: Path) -> None:
-        self.path = home / CACHE_NAME
+    def __init__(self, home: Path | None) -> None:
+        """home: where to keep them; None remembers nothing beyond this object."""
+        self.path = home / CACHE_NAME if home else None
         self._changed = False
-        try:
-            self._known: dict[str, Any] = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            self._known = {}
+        self._known: dict[str, Any] = {}
+        if self.path is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._known = json.loads(self.path.read_text())
 
     def _file(self, path: Path) -> str:
         """SHA-256 of a file, from memory when inode, size and mtime are unchanged."""
@@ -70,10 +72,11 @@ class DigestCache:
 
     def _save(self) -> None:
         """Remember what was hashed.  A cache: atomic, so it is never torn, but not worth an fsync."""
-        if self._changed and self.path.parent.is_dir():
+        if self._changed and self.path is not None and self.path.parent.is_dir():
             temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-            temporary.write_text(json.dumps(self._known), encoding="utf-8")
-            temporary.replace(self.path)
+            with contextlib.suppress(OSError):  # a full disk or a read-only store costs time, nothing else
+                temporary.write_text(json.dumps(self._known), encoding="utf-8")
+                temporary.replace(self.path)
         self._changed = False
 
     def file(self, path: Path) -> str:

@@ -31,7 +31,7 @@ class Finding:
     detail: str
 
 
-def examine(home: Path, network: bool = True) -> Iterator[Finding]:
+def examine(home: Path) -> Iterator[Finding]:
     """Everything doctor knows how to look at; loads torch, changes nothing."""
     yield Finding("bnfctl", "ok", f"{__version__}, Python {platform.python_version()}, {platform.system()}")
     for package in ("torch", "transformers", "datasets", "accelerate"):
@@ -42,14 +42,15 @@ def examine(home: Path, network: bool = True) -> Iterator[Finding]:
     yield from _devices()
     yield from _extras()
     yield _disk(home)
-    if network:
-        yield _hub()
+    yield _hub()
 
 
 def _devices() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Finding("cpu", "ok", f"{cores} cores, {human(memory)} memory")
+    if importlib.util.find_spec("torch") is None:
+        return
     import torch
 
     if not torch.cuda.is_available():

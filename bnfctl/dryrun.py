@@ -36,11 +36,15 @@ def _input_line(pinned: Pinned) -> str:
 
 def _differences(plan: Plan, store: Store) -> list[str]:
     """`loss: dpo -> bnf`: how the most similar artifact of the stage differs from this plan."""
-    wanted = {**key_fields(plan.config), **{name: pinned.digest for name, pinned in plan.inputs.items()}}
+    wanted = {
+        **key_fields(plan.config),
+        **plan.versions,
+        **{name: pinned.digest for name, pinned in plan.inputs.items()},
+    }
     nearest: list[str] | None = None
     for artifact in store.artifacts(plan.stage):
         manifest = artifact.manifest
-        had = {**manifest.config, **{name: raw["digest"] for name, raw in manifest.inputs.items()}}
+        had = {**manifest.config, **manifest.versions, **{name: raw["digest"] for name, raw in manifest.inputs.items()}}
         normal = json.loads(json.dumps(wanted))
         changed = [f"{name}: {had.get(name)} -> {value}" for name, value in normal.items() if had.get(name) != value]
         if manifest.stage_version != plan.version:

@@ -72,12 +72,19 @@ def _cached_commit(name: str, revision: str, kind: str) -> str | None:
 def download_model(pinned_ref: str) -> Path:
     """The local folder of `owner/name@commit`, fetched if the cache does not have it."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
 
     name, commit = split_revision(pinned_ref)
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken"]
+    doubles = ["consolidated*", "original/*"]
     try:
-        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns, ignore_patterns=doubles))
+    except GatedRepoError:
+        hint = "accept its licence on the hub, then `hf auth login`"
+        raise UsageError(f"{name} is gated", where=pinned_ref, hint=hint) from None
     except Exception as error:  # every client error means the same to the user: it could not be fetched
         raise UsageError(
-            f"could not fetch {pinned_ref}: {error}", where="--model", hint="bnfctl doctor checks the hub access"
+            f"could not fetch: {str(error).splitlines()[0]}",
+            where=pinned_ref,
+            hint="bnfctl doctor checks the hub access",
         ) from None

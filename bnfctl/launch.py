@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,11 +22,13 @@ from typing import IO, Any
 from bnfctl import console, durable, stages
 from bnfctl.artifact import Artifact, Pinned, Plan, Store
 from bnfctl.config import CONFIGS
-from bnfctl.errors import BnfctlError, UsageError
+from bnfctl.errors import BnfctlError
 from bnfctl.options import as_json, decode, flag_name
 
 LOG_NAME = "stage.log"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_TEXT = re.compile(rf"os error ({'|'.join(map(str, sorted(_FULL)))})\b")
+"""How the safetensors library spells them."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,7 @@ def execute(stage: str, config: Any, store: Store, *, force: bool = False, name:
     planned = plan(stage, config, store, prepare)
     for note in planned.notes:
         console.say(note)
-    for pinned in planned.unresolved:
-        raise UsageError(f"could not resolve {pinned.ref}: {pinned.why}", hint="bnfctl doctor checks the hub access")
+    planned.require_resolved(stage)
     artifact = None if force else store.get(stage, planned.key)
     cached = artifact is not None
     if artifact is None:
@@ -80,21 +82,22 @@ def _make(planned: Plan, store: Store, force: bool) -> tuple[Artifact, bool]:
         if found is not None:
             return found, True
         if force:
-            draft.discard()
+            draft.start_over()
         draft.open()
         try:
             return draft.publish(stages.module(planned.stage).run(planned.config, draft)), False
         except BnfctlError:
             raise
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise _unexpected(error, draft.path) from error
-            what = f"no room to write: {error.strerror}"
-            raise BnfctlError(
-                what, where=str(store.home), hint="free some disk (bnfctl gc), then the same command"
-            ) from None
         except Exception as error:
+            if getattr(error, "errno", None) in _FULL or _FULL_TEXT.search(str(error)):
+                raise no_room(error, store.home) from None
             raise _unexpected(error, draft.path) from error
+
+
+def no_room(error: Exception, home: Path) -> BnfctlError:
+    """A full disk: nothing is lost."""
+    hint = "free some disk (bnfctl gc), then the same command resumes"
+    return BnfctlError(f"no room to write: {error}", where=str(home), hint=hint)
 
 
 def _unexpected(error: Exception, draft: Path) -> BnfctlError:
@@ -136,12 +139,12 @@ def run_child(stage: str, config: Any, planned: Plan, store: Store, *, label: st
     started = time.monotonic()
     draft = store.draft_path(stage, planned.key)
     (draft / "log").mkdir(parents=True, exist_ok=True)
-    result = draft / "log" / "result.json"
-    result.unlink(missing_ok=True)
-    request = draft / "log" / "request.json"
+    # Named by this process: another run of the same pipeline may be at the same draft.
+    result = draft / "log" / f"result-{os.getpid()}.json"
+    request = draft / "log" / f"request-{os.getpid()}.json"
     durable.write_json(
         request,
-        {"stage": stage, "config": as_json(config), "home": str(store.home), "force": force,
+        {"stage": stage, "config": as_json(pinned_config(config, planned)), "home": str(store.home), "force": force,
          "result": str(result), "parent": os.getpid()},
     )  # fmt: skip
     command = [sys.executable, "-m", "bnfctl.launch", str(request)]
@@ -159,6 +162,12 @@ def run_child(stage: str, config: Any, planned: Plan, store: Store, *, label: st
     if child.returncode != 0 or published is None:
         raise _child_error(child.returncode, result, where)
     return Outcome(published, False, time.monotonic() - started)
+
+
+def pinned_config(config: Any, planned: Plan) -> Any:
+    """The config with hub names at the commit that was planned, so that a child finds the same one."""
+    hub_names = {name: pinned.ref for name, pinned in planned.inputs.items() if pinned.kind.startswith("hub-")}
+    return dataclasses.replace(config, **hub_names)
 
 
 def _wait(child: subprocess.Popen[bytes]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -100,10 +101,10 @@ def _scalar(kind: type, name: str, raw: Any, where: str) -> Any:
         return str(raw)
     try:
         value = float(raw)
-        if kind is float:
+        if kind is float and math.isfinite(value):
             return value
-        if value == int(value):
-            return int(value)
+        if kind is int and value == int(value):
+            return int(value) if abs(value) < 2**53 else int(raw)
     except (ValueError, OverflowError):
         pass
     wanted, example = ("a whole number", "5") if kind is int else ("a number", "0.5 or 5e-7")

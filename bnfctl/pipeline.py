@@ -1,5 +1,6 @@
 """Pipelines: named steps in one YAML file, each run by a child process, each found again when nothing changed.
 
+    name: demo                      # optional: names the artifacts demo.responses, demo.rewards
     vars: {model: lab}
     steps:
       responses: {stage: generate, model: "${vars.model}", prompts: "lab:chat"}
@@ -35,6 +36,8 @@ class Step:
     stage: str
     raw: dict[str, Any]
     where: str
+    alias: str | None = None
+    """The name its artifact gets."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,9 @@ def read(path: Path, settings: Iterable[str] = ()) -> list[Step]:
     steps = document.get("steps")
     if not isinstance(steps, Mapping) or not steps:
         raise UsageError("no steps", where=str(path), hint="steps: {NAME: {stage: generate, ...}, ...}")
-    return [_step(name, raw, variables, path) for name, raw in steps.items()]
+    title = document.get("name")
+    made = [_step(name, raw, variables, path) for name, raw in steps.items()]
+    return [dataclasses.replace(step, alias=f"{title}.{step.name}") for step in made] if title else made
 
 
 def _variables(given: Any, settings: Iterable[str], path: Path) -> dict[str, str]:
@@ -122,21 +127,36 @@ class Run:
         self.steps, self.store, self.force = steps, store, force
         self.first = names.index(start) if start else 0
         self.made: dict[str, Artifact | None] = {}
+        self.chosen: list[str] = []
+        """What the recipe of a model decided for the step that is being planned."""
         for step in steps:
             self._check_order(step, names)
             self.config(step, placeholders=True)
 
     def _check_order(self, step: Step, names: list[str]) -> None:
-        later = set(names[names.index(step.name) :])
+        earlier = {other.name: other.stage for other in self.steps[: names.index(step.name)]}
         for field in fields(CONFIGS[step.stage]):
-            if field.metadata["input"] and step.raw.get(field.name) in later:
+            kind, value = field.metadata["input"], step.raw.get(field.name)
+            if kind is None or value is None:
+                continue
+            if not isinstance(value, str):
                 raise UsageError(
-                    f"{field.name}: step '{step.raw[field.name]}' does not come before", where=step.where,
-                    hint="move that step up",
+                    f"{field.name} takes one value", where=step.where, hint="the name of a step, or a path"
+                )
+            if value in names and value not in earlier:
+                raise UsageError(
+                    f"{field.name}: step '{value}' does not come before", where=step.where, hint="move it up"
+                )
+            wanted = "train" if kind == "model" else kind
+            if earlier.get(value, wanted) != wanted:
+                raise UsageError(
+                    f"{field.name} takes a {wanted} step; '{value}' is a {earlier[value]} step", where=step.where,
+                    hint=f"steps that fit: {', '.join(n for n, s in earlier.items() if s == wanted) or 'none yet'}",
                 )  # fmt: skip
 
     def config(self, step: Step, placeholders: bool = False) -> Any:
         """The step's config, with the names of earlier steps turned into the paths of their artifacts."""
+        config: Any
         cls = CONFIGS[step.stage]
         values = dict(step.raw)
         for field in fields(cls):
@@ -144,9 +164,12 @@ class Run:
             if made is not None and not placeholders:
                 values[field.name] = str(made.path)
         try:
-            return resolve(cls, values, recipe=train_recipe if step.stage == "train" else None)[0]
+            config, origin = resolve(cls, values, recipe=train_recipe if step.stage == "train" else None)
         except UsageError as error:
             raise UsageError(error.what, where=f"{step.where} ({error.where})", hint=error.hint) from None
+        if not placeholders:
+            self.chosen = [f"{name}: {getattr(config, name)} ({by})" for name, by in origin.items() if "recipe" in by]
+        return config
 
     def waits_for(self, step: Step) -> str | None:
         """The earlier step whose artifact this one needs and that is not made yet (in a dry run)."""
@@ -154,7 +177,11 @@ class Run:
         return next((name for name in inputs if name in self.made and self.made[name] is None), None)
 
     def plan(self, step: Step, prepare: Any) -> Plan:
-        return launch.plan(step.stage, self.config(step), self.store, prepare)
+        """The step's plan; an error names the step."""
+        try:
+            return launch.plan(step.stage, self.config(step), self.store, prepare)
+        except UsageError as error:
+            raise UsageError(error.what, where=f"{step.where} ({error.where})", hint=error.hint) from None
 
     def dry(self) -> list[tuple[Step, str]]:
         """(step, what would happen) for each step; loads no model, makes nothing."""
@@ -189,8 +216,9 @@ class Run:
     def _run_step(self, index: int, step: Step) -> Result:
         console.check_stop()
         planned = self.plan(step, lambda first: self._prepare(step, first))
-        for pinned in planned.unresolved:
-            raise UsageError(f"could not resolve {pinned.ref}: {pinned.why}", where=step.where, hint="bnfctl doctor")
+        planned.require_resolved(step.where)
+        for note in (*planned.notes, *self.chosen):
+            console.say(f"[{step.name}] {note}")
         force = self.force and index >= self.first
         found = None if force else self.store.get(step.stage, planned.key)
         if found is not None:
@@ -201,6 +229,8 @@ class Run:
                 hint=f"start earlier: --from {step.name}",
             )  # fmt: skip
         outcome = launch.Outcome(found, True, 0.0) if found is not None else self._make(step, planned, force)
+        if step.alias is not None:
+            self.store.set_name(step.alias, outcome.artifact.ref)
         if step.stage == "eval":
             stages.module("eval").check(planned.config, outcome.artifact)
         return Result(step, outcome.artifact, outcome.cached, outcome.seconds)
@@ -216,8 +246,7 @@ class Run:
     def _prepare(self, step: Step, first: stages.Prerequisite) -> Artifact:
         console.say(f"[{step.name}] {first.why}")
         planned = launch.plan(first.stage, first.config, self.store, lambda before: self._prepare(step, before))
-        for pinned in planned.unresolved:
-            raise UsageError(f"could not resolve {pinned.ref}: {pinned.why}", where=step.where, hint="bnfctl doctor")
+        planned.require_resolved(step.where)
         found = self.store.get(first.stage, planned.key)
         return found or self._make(dataclasses.replace(step, stage=first.stage), planned, False).artifact
 

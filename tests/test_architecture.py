@@ -20,7 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
     {"errors"},
-    {"console", "durable", "tables", "hub"},
+    {"console", "durable", "tables", "hub", "machine"},
     {"options"},
     {"config", "digests", "shards"},
     {"artifact"},
@@ -38,7 +38,7 @@ LAYERS = [
 """Lowest first.  A module imports from lower layers only; a package may also import from itself."""
 
 LIGHT = {"cli", "options", "config", "errors", "console", "artifact", "shards", "pipeline", "launch", "tables", "hub",
-         "digests", "durable", "browse", "dryrun", "__main__"}  # fmt: skip
+         "digests", "durable", "browse", "dryrun", "machine", "__main__"}  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "vllm", "accelerate"}
 
 

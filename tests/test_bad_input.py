@@ -127,7 +127,7 @@ def test_a_line_that_is_no_row(line: Any, what: str, bnfctl: Run, store: Store, 
     ("row", "what"),
     [
         pytest.param({"prompt": "Q", "chosen": ["a"], "rejected": "b"}, "chosen and rejected are"),
-        pytest.param({"id": "r0", "prompt": "Q", "chosen": "a", "rejected": "b"}, "two rows with"),
+        pytest.param({"id": "r0", "prompt": "Q", "chosen": "a", "rejected": "b"}, "two prompts with the id"),
     ],
     ids=str,
 )

@@ -18,26 +18,24 @@ def read_preferences(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tup
 
     Rows that repeat a prompt share its prompt id, so that they fall into the same split.
 
-    UsageError names the row and what is wrong with it: a missing column, turns that do not agree, two rows
+    UsageError names the row and what is wrong with it: a missing column, turns that do not agree, two prompts
     with one id.
     """
-    seen: dict[str, str] = {}
+    seen: dict[str, tuple[str, Any]] = {}
     for where, row in rows:
         sides = [pick(row, name, where) for name in ("chosen", "rejected")]
         messages = _prompt(row, sides, where)
         texts = [_response(side, messages, where) for side in sides]
-        given = row.get("prompt_id", row.get("id"))
+        given = row["prompt_id"] if row.get("prompt_id") is not None else row.get("id")
         identity = str(given) if given is not None else prompt_id(messages)
+        earlier, first = seen.get(identity, (where, messages))
+        if first != messages:
+            hint = "give each prompt its own id, or none"
+            raise UsageError(f"two prompts with the id {identity}", where=f"{earlier} and {where}", hint=hint)
         record_id = identity
-        while record_id in seen and given is None:
+        while record_id in seen:
             record_id += "+"
-        if record_id in seen:
-            raise UsageError(
-                f"two rows with the id {identity}",
-                where=f"{seen[identity]} and {where}",
-                hint="give each row its own id",
-            )
-        seen[record_id] = where
+        seen[record_id] = (where, messages)
         candidates = tuple(Candidate(identity, index, text) for index, text in enumerate(texts))
         yield record_id, Group(Prompt(identity, messages, None, where), candidates)
 

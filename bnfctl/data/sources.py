@@ -24,10 +24,11 @@ def pin_data(ref: str, store: Store, where: str, split: str = "train") -> Pinned
         return Pinned("file", str(path.absolute()), store.digests.file(path), str(path.absolute()))
     source, _, rest = ref.partition(":")
     if rest and source in PROMPTS:
+        load(PROMPTS, source, "prompts")(rest, split, 1)  # refuses an unknown family or split
         # Enumerating the rows would cost more than hashing the code that draws them.
         code = Path(load(PROMPTS, source, "prompts").__code__.co_filename).parent.glob("*.py")
         return Pinned("lab", ref, fingerprint([rest, split, [store.digests.file(path) for path in sorted(code)]]))
-    if hub.looks_like_hub(ref) and path.suffix != ".jsonl":
+    if hub.looks_like_hub(ref) and path.suffix not in (".jsonl", ".json") and not path.parent.is_dir():
         commit, why = hub.commit_of(ref, "dataset")
         name, _ = hub.split_revision(ref)
         return Pinned("hub-data", f"{name}@{commit}" if commit else ref, commit, None, why or None)
@@ -89,7 +90,7 @@ def _prompts(
     for where, row in read_rows(pinned, split, subset):
         messages = as_messages(pick(row, prompt_column, where, also=("messages",)), where)
         answer = row.get(answer_column)
-        given = row.get("prompt_id", row.get("id"))
+        given = row["prompt_id"] if row.get("prompt_id") is not None else row.get("id")
         identity = str(given) if given is not None else prompt_id(messages)
         yield Prompt(identity, messages, None if answer is None else str(answer), where), given is not None
 

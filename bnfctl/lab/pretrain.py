@@ -63,7 +63,7 @@ def encode_document(tokenizer: PreTrainedTokenizerFast, prompt: str, response: s
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    return ids, ids.index(tokenizer.convert_tokens_to_ids(ASSISTANT)) + 1
+    return ids, ids.index(cast(int, tokenizer.convert_tokens_to_ids(ASSISTANT))) + 1
 
 
 def collate(documents: list[tuple[list[int], int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ from bnfctl.data.records import Prompt, Reward
 from bnfctl.lab.world import prompts, verify
 from bnfctl.tasks import TaskDecoding
 
+VERSION = "1"
+"""Of prompts, verifier and decoding: another one gives other grades and rewards."""
 ITEMS = 1000
 """Held-out items per task."""
 
@@ -21,7 +23,7 @@ def reward(prompt: Prompt, response: str, config: ScoreConfig) -> Reward:
 class _LabTask:
     """Held-out prompts of one family, graded by the verifier."""
 
-    version = "1"
+    version = VERSION
     family: str
 
     def requests(self, limit: int | None) -> Sequence[Prompt]:

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from bnfctl import durable
+from bnfctl.data.chat import read_config
 from bnfctl.errors import UsageError
 from bnfctl.model.head import Head
-from bnfctl.model.threads import limit_threads
+from bnfctl.model.pretrained import device, load_pretrained, torch_dtype
+from bnfctl.model.source import safetensors_header
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -60,28 +62,15 @@ def load_policy(path: Path, *, compute_dtype: str = "auto", trust_remote_code: b
     compute_dtype: float32, bfloat16 (autocast over float32 masters) or auto: bfloat16 on a GPU, else float32.
     Raises UsageError when the folder is no causal language model that can be trained here.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers import AutoModelForCausalLM
 
-    logging.disable_progress_bar()  # bnfctl has its own
-    limit_threads(path)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if compute_dtype == "auto":
-        compute_dtype = "bfloat16" if device.type == "cuda" else "float32"
-    extra: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    try:
-        config = AutoConfig.from_pretrained(path, **extra)
-        # Attention logits with a soft cap are right in the eager implementation only.
-        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=attention, **extra
-        )
-    except (OSError, ValueError, KeyError) as error:
-        what = f"cannot load a causal language model: {str(error).strip().splitlines()[0]}"
-        raise UsageError(what, where=str(path), hint="check the folder's config.json and *.safetensors") from error
-    model = model.to(device).eval()  # eval: dropout off; nothing else of a causal language model depends on it
+    # Attention logits with a soft cap are right in the eager implementation only.
+    attention = "eager" if read_config(path).get("attn_logit_softcapping") else None
+    model = load_pretrained(
+        AutoModelForCausalLM, path, torch.float32, trust_remote_code, attn_implementation=attention
+    ).to(device())  # in eval mode: dropout off; nothing else of a causal language model depends on it
     body, head = body_and_head(model)
-    policy = Policy(model, body, head, DTYPES[compute_dtype])
+    policy = Policy(model, body, head, torch_dtype(compute_dtype))
     _check_parts(policy, str(path))
     return policy
 
@@ -116,10 +105,8 @@ def checkpoint_dtype(folder: Path) -> str:
     """float32, bfloat16 or float16: what most numbers of the folder's checkpoint are stored as."""
     sizes: Counter[str] = Counter()
     for file in sorted(folder.glob("*.safetensors")):
-        with open(file, "rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__" and entry["dtype"] in _SAFETENSORS_DTYPES:
+        for entry in safetensors_header(file).values():
+            if entry["dtype"] in _SAFETENSORS_DTYPES:
                 sizes[_SAFETENSORS_DTYPES[entry["dtype"]]] += prod(entry["shape"])
     if sizes:
         return sizes.most_common(1)[0][0]

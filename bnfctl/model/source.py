@@ -5,13 +5,15 @@ Imports no torch, so that keys and dry runs cost nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from bnfctl import hub
-from bnfctl.artifact import Pinned, Store
-from bnfctl.errors import UsageError
+from bnfctl.artifact import Artifact, Pinned, Store
+from bnfctl.errors import BnfctlError, UsageError
 from bnfctl.tables import MODELS, load
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spm.model", "vocab.json", "vocab.txt")
@@ -28,12 +30,13 @@ def pin_model(ref: str, store: Store, where: str = "--model") -> Pinned:
     artifact = store.search(ref)
     if artifact is not None:
         store.find(ref, "train", where)
+        _check_artifact(artifact, store)
         return artifact.pinned()
     folder = Path(ref).expanduser()
     if folder.is_dir():
         _check_folder(folder)
         return Pinned("folder", str(folder.absolute()), store.digests.folder(folder), str(folder.absolute()))
-    if hub.looks_like_hub(ref):
+    if hub.looks_like_hub(ref) and not folder.parent.is_dir():
         commit, why = hub.commit_of(ref, "model")
         name, _ = hub.split_revision(ref)
         return Pinned("hub-model", f"{name}@{commit}" if commit else ref, commit, None, why or None)
@@ -56,12 +59,30 @@ def parameter_count(pinned: Pinned) -> int | None:
     """Numbers stored in a pinned model's safetensors, from their headers; None for one that is not on this machine."""
     if pinned.path is None:
         return None
-    total = 0
-    for file in model_dir(pinned).glob("*.safetensors"):
-        with open(file, "rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return total or None
+    files = model_dir(pinned).glob("*.safetensors")
+    return sum(math.prod(entry["shape"]) for file in files for entry in safetensors_header(file).values()) or None
+
+
+def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name -> {dtype, shape, data_offsets}; UsageError for a file that is none (a Git LFS pointer, say)."""
+    with open(file, "rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        if size < file.stat().st_size:
+            with contextlib.suppress(ValueError):
+                header: dict[str, dict[str, Any]] = json.loads(opened.read(size))
+                header.pop("__metadata__", None)
+                return header
+    raise UsageError("not a safetensors file", where=str(file), hint="fetch the model again (git lfs pull?)")
+
+
+def _check_artifact(artifact: Artifact, store: Store) -> None:
+    """A flipped byte in a trained model must not be sampled from; hashed once, then remembered."""
+    for entry in artifact.manifest.files:
+        file = artifact.path / entry["path"]
+        if not file.is_file() or store.digests.file(file) != entry["sha256"]:
+            state = "changed" if file.is_file() else "missing"
+            hint = f"bnfctl verify {artifact.ref}; then bnfctl rm {artifact.ref} --force and make it again"
+            raise BnfctlError(f"corrupted artifact: {entry['path']} is {state}", where=str(artifact.path), hint=hint)
 
 
 def _check_folder(folder: Path) -> None:

@@ -125,7 +125,7 @@ def check_prompts(
             raise UsageError(
                 f"prompt {prompt.id} has {length} tokens; the model's context is {context}",
                 where=prompt.where or prompt.id,
-                hint="shorten the prompt, or --long-prompts drop",
+                hint="shorten the prompt, or let generate drop it: --long-prompts drop",
             )
     return kept, len(prompts) - len(kept)
 
@@ -146,7 +146,9 @@ def requests(tokenizer: Any, context: int, prompts: Sequence[Prompt], decoding: 
         room = context - len(ids)
         if room < 1:
             raise UsageError(
-                f"prompt {prompt.id} has {len(ids)} tokens; the context is {context}", where=prompt.where or prompt.id
+                f"prompt {prompt.id} has {len(ids)} tokens; the context is {context}",
+                where=prompt.where or prompt.id,
+                hint="shorten the prompt",
             )
         seed = prompt_seed(decoding.seed, prompt.id)
         made.append(Request(prompt.id, ids, min(decoding.max_tokens, room), seed))

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from bnfctl.data.chat import context_length, load_tokenizer, stop_ids
 from bnfctl.data.records import Candidate, Prompt
-from bnfctl.errors import UsageError
-from bnfctl.model.threads import limit_threads
+from bnfctl.model.pretrained import device, load_pretrained, torch_dtype
 from bnfctl.samplers import UNBOUNDED, Decoding, Request, cache_bytes_per_token, candidate, prompt_seed, requests
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CACHE_BYTES = 16 << 30
 """Largest KV cache of a batch.  Part of what a seed means: other batches draw other random numbers."""
 
@@ -26,17 +24,15 @@ class HFSampler:
 
     def __init__(self, model_dir: Path, decoding: Decoding) -> None:
         self.decoding = decoding
-        limit_threads(model_dir)
         self.version = f"transformers {transformers.__version__}"
         self.tokenizer = load_tokenizer(model_dir, decoding.trust_remote_code)
         self.context = context_length(model_dir) or UNBOUNDED
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = decoding.dtype
-        if dtype == "auto":
-            dtype = "bfloat16" if self.device.type == "cuda" else "float32"
+        self.device = device()
+        dtype = torch_dtype(decoding.dtype)
         self.stops = stop_ids(model_dir, self.tokenizer)
-        self._batch_tokens = CACHE_BYTES // cache_bytes_per_token(model_dir, DTYPES[dtype].itemsize)
-        self._model = _load(model_dir, DTYPES[dtype], decoding.trust_remote_code).to(self.device).eval()
+        self._batch_tokens = CACHE_BYTES // cache_bytes_per_token(model_dir, dtype.itemsize)
+        model = load_pretrained(transformers.AutoModelForCausalLM, model_dir, dtype, decoding.trust_remote_code)
+        self._model = model.to(self.device)
         # The model's own generation config must not leak into ours: top_k, penalties, forced or suppressed tokens.
         self._model.generation_config = transformers.GenerationConfig()
 
@@ -113,17 +109,3 @@ def _batches(todo: Sequence[Request], n: int, batch_tokens: int) -> Iterator[lis
         response = longest
     if batch:
         yield batch
-
-
-def _load(model_dir: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(
-            f"cannot load a causal language model: {reason}",
-            where=str(model_dir),
-            hint="check the folder's config.json and *.safetensors",
-        ) from error

@@ -10,6 +10,7 @@ from typing import Any
 from bnfctl.data.chat import context_length, load_tokenizer, read_config, stop_ids
 from bnfctl.data.records import Candidate, Prompt
 from bnfctl.errors import UsageError
+from bnfctl.machine import resolve_dtype
 from bnfctl.model.threads import cpu_threads
 from bnfctl.samplers import Decoding, cache_bytes_per_token, candidate, requests
 
@@ -33,15 +34,18 @@ class VLLMSampler:
         vllm, on_cpu = _import_vllm(model_dir)
         self.version = f"vllm {vllm.__version__}"
         context = context_length(model_dir)
-        settings: dict[str, Any] = {"gpu_memory_utilization": decoding.gpu_memory, "dtype": decoding.dtype}
-        if decoding.dtype == "auto":
-            settings["dtype"] = "float32" if on_cpu else "bfloat16"
+        settings: dict[str, Any] = {
+            "gpu_memory_utilization": decoding.gpu_memory,
+            "dtype": resolve_dtype(decoding.dtype),
+        }
         if on_cpu:
             del settings["gpu_memory_utilization"]
             settings.update(_cpu_settings(model_dir, context))
+        else:
+            settings["max_model_len"] = -1  # as much of the model's context as the GPU has memory for
         try:
             self._engine = vllm.LLM(
-                model=str(model_dir), max_model_len=context, trust_remote_code=decoding.trust_remote_code,
+                model=str(model_dir), trust_remote_code=decoding.trust_remote_code,
                 generation_config="vllm",  # the model's own sampling defaults must not leak into ours
                 enable_prefix_caching=True, disable_log_stats=True, seed=0, **settings,
             )  # fmt: skip
@@ -105,6 +109,7 @@ def _cpu_settings(model_dir: Path, context: int | None) -> dict[str, Any]:
     longest = context or 8192
     least = cache_bytes_per_token(model_dir, 4) * (longest + 256)
     return {
+        "max_model_len": context,
         "enforce_eager": True,
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(8192, longest),

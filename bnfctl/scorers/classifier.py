@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import AutoModelForSequenceClassification
 
 from bnfctl.config import ScoreConfig
 from bnfctl.data.chat import context_length, load_tokenizer, render_conversation
 from bnfctl.data.records import Group, Reward
 from bnfctl.errors import UsageError
-from bnfctl.model.threads import limit_threads
+from bnfctl.model.pretrained import device, load_pretrained, torch_dtype
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WINDOW = 32
 """Batches that are gathered before they are sorted by length."""
 
@@ -30,15 +30,11 @@ class ClassifierScorer:
 
     def __init__(self, config: ScoreConfig, model_dir: Path) -> None:
         self.config = config
-        limit_threads(model_dir)
         self.version = f"transformers {transformers.__version__}"
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device()
         self.tokenizer = load_tokenizer(model_dir, config.trust_remote_code)
         self.limit = min(config.max_length, context_length(model_dir) or config.max_length)
-        dtype = config.dtype
-        if dtype == "auto":
-            dtype = "bfloat16" if self.device.type == "cuda" else "float32"
-        self._model = _load(model_dir, DTYPES[dtype], config.trust_remote_code).to(self.device).eval()
+        self._model = _load(model_dir, torch_dtype(config.dtype), config.trust_remote_code).to(self.device)
         shape = self._model.config.get_text_config()
         # old configs spell "none" as -1
         self._pad: int | None = shape.pad_token_id if (shape.pad_token_id or 0) in range(shape.vocab_size) else None
@@ -106,31 +102,11 @@ def _batches(texts: Sequence[list[int]], indices: Iterable[int], batch_tokens: i
 
 
 def _load(model_dir: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    extra: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    try:
-        labels = transformers.AutoConfig.from_pretrained(model_dir, **extra).num_labels
-        if labels != 1:
-            raise UsageError(
-                f"a reward model has one label, this model {labels}",
-                where=str(model_dir),
-                hint="take a sequence classifier with num_labels 1",
-            )
-        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-            model_dir, dtype=dtype, output_loading_info=True, **extra
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    model = load_pretrained(AutoModelForSequenceClassification, model_dir, dtype, trust_remote_code)
+    if model.config.num_labels != 1:
         raise UsageError(
-            f"cannot load a reward model: {reason}",
+            f"a reward model has one label, this model {model.config.num_labels}",
             where=str(model_dir),
-            hint="check the folder's config.json and *.safetensors",
-        ) from error
-    if report["missing_keys"]:
-        # transformers fills them with random numbers and only warns
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise UsageError(
-            f"the checkpoint lacks parameters of a reward model: {missing}",
-            where=str(model_dir),
-            hint="this is a language model, or a broken download",
+            hint="take a sequence classifier with num_labels 1",
         )
     return model

@@ -20,6 +20,9 @@ from bnfctl.tables import RULES, load
 
 Rule = Callable[[Prompt, str, ScoreConfig], Reward]
 
+VERSION = "1"
+"""Another one may give other rewards; in the key."""
+
 
 class RulesScorer:
     """Applies the rule of the config to every candidate."""

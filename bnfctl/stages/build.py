@@ -15,16 +15,23 @@ from bnfctl.data.candidates import groups
 from bnfctl.data.preferences import CHOSEN, REJECTED, read_preferences
 from bnfctl.data.records import Group
 from bnfctl.data.sources import pin_data, read_rows
-from bnfctl.errors import BnfctlError
+from bnfctl.errors import BnfctlError, UsageError
 
 STAGE, VERSION = "build", 1
 
 
 def plan(config: BuildConfig, store: Store) -> Plan:
     """Resolve the scores, or the preference set that takes their place."""
-    if store.search(config.input) is not None or config.input.split("/")[0] in STAGES:
+    named = config.input.split("/")[0] in STAGES and not Path(config.input).exists()
+    if named or store.search(config.input) is not None:
         source = store.find(config.input, "score", "INPUT")
-        return Plan(STAGE, VERSION, config, {"input": source.pinned(), "candidates": _candidates(source).pinned()})
+        candidates = Artifact(source.input_path("input"))
+        if candidates.manifest.digest != source.manifest.inputs["input"]["digest"]:
+            raise UsageError(
+                "the candidates were made again since they were scored", where=source.ref,
+                hint=f"bnfctl score {candidates.ref}, and build from that",
+            )  # fmt: skip
+        return Plan(STAGE, VERSION, config, {"input": source.pinned(), "candidates": candidates.pinned()})
     pinned = pin_data(config.input, store, "INPUT", config.split)
     return Plan(STAGE, VERSION, config, {"input": pinned})
 
@@ -35,19 +42,14 @@ def run(config: BuildConfig, draft: Draft) -> dict[str, Any]:
     scored = draft.inputs["input"].kind == "artifact"
     rows = _from_scores(config, draft, counts) if scored else _from_preferences(config, draft, counts)
     shards.write_shards(draft.path / "rows", _counted(rows, counts), pairing.SCHEMA)
+    if not counts["prompts"]:
+        raise UsageError("the input is empty", where=draft.inputs["input"].ref, hint="give a set with at least one row")
     if not counts["records"]:
         raise BnfctlError(
             f"no records: {dict(counts) or 'the input is empty'}", where=draft.inputs["input"].ref,
             hint="rewards that are all equal or null give no pairs: see bnfctl show of the scores",
         )  # fmt: skip
     return {**_origin(draft), **counts}
-
-
-def _candidates(scores: Artifact) -> Artifact:
-    path = Path(scores.manifest.inputs["input"]["path"])
-    # The store may have been moved as a whole: then the candidates lie beside the scores.
-    beside = scores.path.parent.parent / scores.manifest.inputs["input"]["ref"]
-    return Artifact(path if path.exists() else beside)
 
 
 def _from_scores(config: BuildConfig, draft: Draft, counts: Counter[str]) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,7 @@ from bnfctl.artifact import Artifact, Draft, Plan, Store
 from bnfctl.config import EvalConfig
 from bnfctl.data.records import Prompt
 from bnfctl.errors import BnfctlError, GateError, UsageError, nearest
+from bnfctl.machine import resolve_dtype
 from bnfctl.model.source import model_dir, pin_model
 from bnfctl.tasks import statistics
 
@@ -58,7 +59,14 @@ def plan(config: EvalConfig, store: Store) -> Plan:
                 what = f"{name}: the base was graded by version {graded['version']}, this is {version}"
                 raise UsageError(what, where="--base", hint=hint)
         inputs["base"] = base.pinned()
-    return Plan(STAGE, VERSION, dataclasses.replace(config, sampler=sampler), inputs, notes, versions)
+    return Plan(
+        STAGE,
+        VERSION,
+        dataclasses.replace(config, sampler=sampler, dtype=resolve_dtype(config.dtype)),
+        inputs,
+        notes,
+        versions,
+    )
 
 
 def run(config: EvalConfig, draft: Draft) -> dict[str, Any]:

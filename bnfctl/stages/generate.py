@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from bnfctl.data.chat import tokenizer_digest
 from bnfctl.data.records import Prompt
 from bnfctl.data.sources import pin_data, read_prompts
 from bnfctl.errors import UsageError
+from bnfctl.machine import resolve_dtype
 from bnfctl.model.source import model_dir, pin_model
-from bnfctl.samplers.file import read_responses
+from bnfctl.samplers.file import FileSampler
 
 STAGE, VERSION = "generate", 1
 
@@ -26,7 +28,7 @@ def plan(config: GenerateConfig, store: Store) -> Plan:
     """Resolve the sampler, the model and the prompts."""
     sampler = samplers.resolve(config.sampler)
     notes = (f"sampler: {sampler}",) if config.sampler == "auto" else ()
-    config = dataclasses.replace(config, sampler=sampler)
+    config = dataclasses.replace(config, sampler=sampler, dtype=resolve_dtype(config.dtype))
     inputs = {"prompts": pin_data(config.prompts, store, "--prompts", config.split)}
     if sampler != "file":
         if config.model is None:
@@ -38,7 +40,7 @@ def plan(config: GenerateConfig, store: Store) -> Plan:
 def run(config: GenerateConfig, draft: Draft) -> dict[str, Any]:
     """Write one row per candidate; returns the counts."""
     if config.sampler == "file":
-        return _import(draft)
+        return _import(config, draft)
     prompts, repeated = read_prompts(
         draft.inputs["prompts"], split=config.split, subset=config.subset, prompt_column=config.prompt_column,
         answer_column=config.answer_column, limit=config.limit,
@@ -77,7 +79,7 @@ def sample_rows(
     return draft.path / "rows"
 
 
-def _import(draft: Draft) -> dict[str, Any]:
+def _import(config: GenerateConfig, draft: Draft) -> dict[str, Any]:
     path = draft.inputs["prompts"].path
     if path is None:
         raise UsageError("the file sampler reads a JSONL file", where="--prompts", hint="give the path of one")
@@ -85,7 +87,7 @@ def _import(draft: Draft) -> dict[str, Any]:
 
     def rows() -> Iterator[dict[str, Any]]:
         nonlocal prompts
-        for group in read_responses(Path(path)):
+        for group in islice(FileSampler(Path(path)).groups(), config.limit):
             prompts += 1
             yield from candidate_rows([group.prompt], group.candidates)
 

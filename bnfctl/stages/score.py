@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,8 +19,10 @@ from bnfctl.config import GenerateConfig, ScoreConfig
 from bnfctl.data.candidates import groups
 from bnfctl.data.records import Group, Reward
 from bnfctl.errors import UsageError
+from bnfctl.machine import resolve_dtype
 from bnfctl.model.source import model_dir, pin_model
 from bnfctl.stages import Prerequisite
+from bnfctl.tables import RULES, load
 
 STAGE, VERSION = "score", 1
 UNIT = 256
@@ -41,7 +46,11 @@ def plan(config: ScoreConfig, store: Store) -> Plan | Prerequisite:
         if config.model is None:
             raise UsageError("reward-model needs a model", where="--model", hint="a one-label classifier: id or folder")
         inputs["model"] = pin_model(config.model, store)
-    return Plan(STAGE, VERSION, config, inputs)
+        config = dataclasses.replace(config, dtype=resolve_dtype(config.dtype))
+    if config.scorer == "rules" and config.rule == "regex":
+        _check_pattern(config.pattern)
+    versions = {config.rule: rule_version(config.rule)} if config.scorer == "rules" else {}
+    return Plan(STAGE, VERSION, config, inputs, versions=versions)
 
 
 def run(config: ScoreConfig, draft: Draft) -> dict[str, Any]:
@@ -52,6 +61,8 @@ def run(config: ScoreConfig, draft: Draft) -> dict[str, Any]:
     parts = shards.Parts(draft.scratch / "parts", SCHEMA)
     done = parts.done()
     scorer = scorers.make(config, folder) if len(done) * UNIT < total else None
+    if scorer is not None:
+        draft.provenance["engine"] = scorer.version
     with console.Progress(total, "prompts") as progress:
         for unit, batch in enumerate(_units(groups(source.rows()))):
             if unit not in done:
@@ -62,6 +73,22 @@ def run(config: ScoreConfig, draft: Draft) -> dict[str, Any]:
             progress.advance(len(batch))
     parts.publish(draft.path / "rows")
     return _measure(shards.read_rows(draft.path / "rows", ["reward"]))
+
+
+def rule_version(name: str) -> str:
+    """The version of the file that a rule is in: another one may give other rewards."""
+    return str(sys.modules[load(RULES, name, "rule").__module__].VERSION)
+
+
+def _check_pattern(pattern: str | None) -> None:
+    if pattern is None:
+        raise UsageError("the rule regex needs a pattern", where="--pattern", hint="--pattern 'answer: (\\d+)'")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UsageError(
+            f"not a regular expression: {error}", where="--pattern", hint="quote it for the shell"
+        ) from None
 
 
 def _units(found: Iterator[Group]) -> Iterator[list[Group]]:

@@ -6,11 +6,12 @@ import dataclasses
 from importlib.metadata import version
 from typing import Any
 
-from bnfctl import console
+from bnfctl import console, losses
 from bnfctl.artifact import Artifact, Draft, Plan, Store
 from bnfctl.config import PUBLISHED_SETS, BuildConfig, TrainConfig
 from bnfctl.errors import UsageError
 from bnfctl.hub import split_revision
+from bnfctl.machine import resolve_dtype
 from bnfctl.model.source import model_dir, parameter_count, pin_model
 from bnfctl.stages import Prerequisite
 
@@ -41,8 +42,11 @@ def plan(config: TrainConfig, store: Store) -> Plan | Prerequisite:
             return _published(config)
         config = dataclasses.replace(config, data=found[0].ref)
         notes.append(f"data: {config.data}, the only build made from {split_revision(model.ref)[0]}")
+    if config.loss_arg:
+        losses.make(config.loss, config.loss_arg)  # bad names and values before anything starts
     assert config.data is not None
     data = store.find(config.data, "build", "--data")
+    config = dataclasses.replace(config, dtype=resolve_dtype(config.dtype))
     return Plan(STAGE, VERSION, config, {"model": model, "data": data.pinned()}, tuple(notes))
 
 
@@ -69,7 +73,7 @@ def estimate(planned: Plan) -> str:
     pinned = planned.inputs.get("model")
     count = parameter_count(pinned) if pinned else None
     if count is None:
-        return "not known before the model is on this machine: 16 bytes a parameter, plus activations"
+        return "16 bytes a parameter (float32 master, gradient, two AdamW moments), plus activations"
     return f"{16 * count / 1e9:.3g} GB for {count / 1e6:.3g}M parameters (16 bytes each), plus activations"
 
 
@@ -79,8 +83,11 @@ def _builds_of(name: str, digest: str | None, store: Store) -> list[Artifact]:
     for artifact in store.artifacts("build"):
         made_by = artifact.manifest.summary.get("model") or {}
         source = artifact.manifest.inputs["input"]
-        same_name = split_revision(made_by.get("ref", ""))[0] == split_revision(name)[0]
-        published = split_revision(source["ref"])[0] == PUBLISHED_SETS.get(split_revision(name)[0])
+        on_hub = made_by.get("kind") == "hub-model"
+        same_name = on_hub and split_revision(made_by["ref"])[0] == split_revision(name)[0]
+        published = source["kind"] == "hub-data" and split_revision(source["ref"])[0] == PUBLISHED_SETS.get(
+            split_revision(name)[0]
+        )
         if (digest and made_by.get("digest") == digest) or same_name or published:
             found.append(artifact)
     return found

@@ -87,7 +87,7 @@ def check_records(
     config: TrainConfig, loss: Loss, train_set: Sequence[Record], test_set: Sequence[Record]
 ) -> list[Record]:
     """The training records that the loss can use; UsageError where it cannot work with the data at all."""
-    for record in [*train_set, *test_set]:
+    for record in [*train_set, *(test_set if config.eval_every else [])]:
         if not record.prompt_ids or not record.sides or not all(side.ids for side in record.sides):
             raise UsageError("a record needs a prompt and responses of at least one token", where=f"record {record.id}")
         longest = len(record.prompt_ids) + max(len(side.ids) for side in record.sides)

@@ -137,10 +137,13 @@ def test_bad_preferences(row: dict[str, Any], what: str) -> None:
     assert caught.value.where == "prefs.jsonl:1"
 
 
-def test_two_rows_with_one_id() -> None:
+def test_rows_with_one_id() -> None:
     row = {"id": 1, "prompt": "x", "chosen": "a", "rejected": "b"}
-    with pytest.raises(UsageError, match="two rows with the id 1"):
-        list(read_preferences([("f:1", row), ("f:2", row)]))
+    again = [record_id for record_id, _ in read_preferences([("f:1", row), ("f:2", {**row, "chosen": "c"})])]
+    assert again == ["1", "1+"], "published sets repeat prompts: each row is a record"
+    with pytest.raises(UsageError, match="two prompts with the id 1") as caught:
+        list(read_preferences([("f:1", row), ("f:2", {**row, "prompt": "y"})]))
+    assert caught.value.where == "f:1 and f:2"
 
 
 def test_pinned_files_are_by_content(tmp_path: Path, store: Store) -> None:

@@ -99,7 +99,7 @@ def test_a_language_model_is_no_reward_model(tmp_path: Path) -> None:
         ClassifierScorer(config(), path)
     file = path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "id2label": {"0": "x"}, "label2id": {"x": 0}}))
-    with pytest.raises(UsageError, match=r"lacks parameters .* score"):
+    with pytest.raises(UsageError, match=r"the checkpoint lacks score"):
         ClassifierScorer(config(), path)
 
 
