@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoModelForSequenceClassification
 
 from bnfctl.config import ScoreConfig
-from bnfctl.data.chat import context_length, load_tokenizer, render_conversation
+from bnfctl.data.chat import context_length, load_tokenizer, read_config, render_conversation
 from bnfctl.data.records import Group, Reward
 from bnfctl.errors import UsageError
 from bnfctl.model.pretrained import device, load_pretrained, torch_dtype
@@ -102,11 +102,11 @@ def _batches(texts: Sequence[list[int]], indices: Iterable[int], batch_tokens: i
 
 
 def _load(model_dir: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    model = load_pretrained(AutoModelForSequenceClassification, model_dir, dtype, trust_remote_code)
-    if model.config.num_labels != 1:
+    labels = len(read_config(model_dir).get("id2label") or "ab")  # transformers' default is two
+    if labels != 1:
         raise UsageError(
-            f"a reward model has one label, this model {model.config.num_labels}",
+            f"a reward model has one label, this model {labels}",
             where=str(model_dir),
             hint="take a sequence classifier with num_labels 1",
         )
-    return model
+    return load_pretrained(AutoModelForSequenceClassification, model_dir, dtype, trust_remote_code)
