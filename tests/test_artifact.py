@@ -214,3 +214,71 @@ def test_forced_remake_replaces_in_one_step(store: Store, make_build: Make) -> N
     found = store.get("build", again.manifest.key)
     assert found is not None and found.manifest.summary["extra"] == 2
     assert not list((store.home / ".drafts").glob("*replaced*"))
+
+
+def test_folders_that_are_not_ours_are_left_alone(store: Store, make_build: Make, tmp_path: Path) -> None:
+    make_build()
+    for path in (
+        store.home / "models" / "llama",
+        store.home / "src" / "lib" / "scratch",
+        store.home / "build" / "notes",
+    ):
+        path.mkdir(parents=True)
+    assert browse.waste(store, checkpoints_only=False) == ([], [])
+    foreign = tmp_path / "extension"
+    foreign.mkdir()
+    (foreign / "manifest.json").write_text('{"manifest_version": 3}')
+    with pytest.raises(UsageError, match="no artifact"):
+        browse.rm(store, [str(foreign)], force=True)
+    other = Store(tmp_path / "other")
+    with other.draft(plan_of()) as draft:
+        draft.open()
+        elsewhere = draft.publish({})
+    with pytest.raises(UsageError, match="not an artifact of this store"):
+        browse.rm(store, [str(elsewhere.path)], force=True)
+    assert foreign.exists() and elsewhere.path.exists()
+
+
+def test_gc_leaves_a_draft_that_a_run_has_taken_meanwhile(store: Store) -> None:
+    with store.draft(plan_of()) as draft:
+        draft.open()
+    found, _ = browse.waste(store, checkpoints_only=False)
+    with store.draft(plan_of()):
+        assert browse.free(found) == 0
+    assert draft.path.exists()
+    assert browse.free(found) > 0
+    assert not draft.path.exists()
+
+
+def test_an_interrupted_forced_run_is_resumed(store: Store) -> None:
+    with store.draft(plan_of()) as draft:
+        draft.open()
+        (draft.scratch / "old").write_text("x")
+        draft.start_over()
+        assert not (draft.scratch / "old").exists()
+        (draft.scratch / "new").write_text("x")
+        draft.start_over()
+        assert (draft.scratch / "new").exists(), "the second call is the same forced run, resumed"
+
+
+def test_a_moved_store_and_a_gone_input(store: Store, tmp_path: Path) -> None:
+    source = tmp_path / "x.jsonl"
+    source.write_text("one")
+    pinned = Pinned("file", str(source), store.digests.file(source), str(source))
+    with store.draft(Plan("build", 1, BuildConfig(input="x"), {"input": pinned})) as draft:
+        draft.open()
+        build = draft.publish({})
+    with store.draft(Plan("train", 1, BuildConfig(input="y"), {"data": build.pinned()})) as draft:
+        draft.open()
+        train = draft.publish({})
+    moved = Store(store.home.rename(tmp_path / "moved"))
+    assert browse.verify(moved, [train.ref]) == {train.ref: []}
+    source.unlink()
+    assert browse.verify(moved, [build.ref]) == {build.ref: [f"input input is gone: {source}"]}
+
+
+def test_broken_names_are_a_clear_error(store: Store) -> None:
+    store.home.mkdir()
+    (store.home / "names.json").write_text("{")
+    with pytest.raises(UsageError, match="broken JSON"):
+        store.search("anything")

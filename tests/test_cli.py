@@ -232,3 +232,26 @@ def test_a_signal_stops_after_the_chunk_and_the_same_command_resumes(tmp_path: P
     done = subprocess.run(args, env=env, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(r"resuming: \d+ of 30 chunks", done.stderr)
+
+
+def test_a_home_that_cannot_be_written_is_a_clear_error(prefs: Path, tmp_path: Path, bnfctl: Run) -> None:
+    (tmp_path / "file").write_text("")
+    done = bnfctl("build", prefs, "--home", tmp_path / "file")
+    assert done.code == 1
+    assert "error: Not a directory" in done.err and "hint: check the path" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_json_is_one_document_even_when_something_is_wrong(prefs: Path, bnfctl: Run) -> None:
+    path = Path(bnfctl("build", prefs).out.strip())
+    assert len(bnfctl("show", path, "--rows", "2", "--json").json) == 2
+    (path / "rows" / "00000.parquet").unlink()
+    done = bnfctl("verify", "--json")
+    assert done.code == 1
+    assert list(done.json.values()) == [["missing file rows/00000.parquet"]]
+
+
+def test_no_arguments_is_help(bnfctl: Run) -> None:
+    done = bnfctl()
+    assert "Usage" in done.out + done.err
+    assert "hint:" not in done.err

@@ -160,3 +160,24 @@ def test_a_failed_step_says_where_its_log_is_and_a_rerun_goes_on(small: Path, bn
     assert "broken JSON" in Path(log).read_text()
     prefs.write_text(good)
     assert bnfctl("run", small).code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("steps: {s: {stage: score, input: x.jsonl}, t: {stage: train, model: lab, data: s}}", "data takes a build step; 's' is a score"),
+        ("steps: {s: {stage: score, input: x.jsonl}, e: {stage: eval, model: s, tasks: lab-chat}}", "model takes a train step"),
+        ("steps: {b: {stage: build, input: [x, y]}}", "input takes one value"),
+    ],
+)  # fmt: skip
+def test_inputs_that_cannot_fit_are_refused_before_anything_runs(
+    tmp_path: Path, store: Store, text: str, what: str
+) -> None:
+    with pytest.raises(UsageError, match=what):
+        pipeline.Run(pipeline.read(write(tmp_path, text)), store)
+
+
+def test_a_named_pipeline_names_its_artifacts(small: Path, bnfctl: Callable[..., Done]) -> None:
+    small.write_text("name: demo\n" + small.read_text())
+    assert bnfctl("run", small).code == 0
+    assert "build/" in bnfctl("show", "demo.masked").out

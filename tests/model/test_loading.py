@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -157,3 +158,16 @@ def test_checkpoint_dtype_is_read_from_the_tensors(tmp_path: Path, kind: torch.d
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "float64"}))
     assert checkpoint_dtype(folder) == str(kind).removeprefix("torch.")
+
+
+def test_a_checkpoint_without_a_head_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    left_out = next(name for name in tensors if name.endswith("layers.0.mlp.up_proj.weight"))
+    save_file({name: value for name, value in tensors.items() if name != left_out}, file, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="the checkpoint lacks"):
+        load_policy(folder)
+    file.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UsageError, match="cannot load the model"):
+        load_policy(folder)

@@ -181,3 +181,11 @@ def test_a_store_that_was_moved_still_builds(chain: Chain, tmp_path: Path) -> No
     finally:
         hidden.rename(chain.candidates.path)
     assert made.manifest.summary["records"] == chain.build.manifest.summary["records"]
+
+
+def test_rewards_of_other_texts_are_refused(store: Store, scores: Artifact) -> None:
+    manifest = scores.input_path("input") / "manifest.json"
+    digest = scores.manifest.inputs["input"]["digest"]
+    manifest.write_text(manifest.read_text().replace(digest, "0" * 64))
+    with pytest.raises(UsageError, match="the candidates were made again since they were scored"):
+        run(BuildConfig(input=scores.ref), store)
