@@ -1,9 +1,14 @@
 """Kills one stage at each of its durable steps in turn, resumes it, and compares digests.
 
-    python tests/crashes.py STAGE FOLDER
+    PYTHONPATH=. python tests/crashes.py STAGE FOLDER
 
 Run as a script, because it forks: the heavy imports are paid once, and every attempt is a process of its own.
 Prints one JSON line: {"steps": how many boundaries, "bad": [what went wrong]}.
+
+    PYTHONPATH=. python tests/crashes.py kills PIPELINE FOLDER COUNT
+
+kills a whole run of a pipeline COUNT times at seeded random moments, each time going on where the last one
+stopped, lets it end, and compares all digests with those of an undisturbed run: {"kills": COUNT, "bad": [...]}.
 """
 
 from __future__ import annotations
@@ -12,9 +17,12 @@ import contextlib
 import importlib
 import json
 import os
+import random
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -110,5 +118,52 @@ def main(stage: str, folder: Path) -> dict[str, Any]:
     return {"steps": len(steps), "bad": bad}
 
 
+def run_pipeline(pipeline: Path, home: Path, kill_after: float | None = None) -> dict[str, str] | None:
+    """Step name -> digest of a whole run; None if `kill -9` after `kill_after` seconds came first."""
+    command = [
+        sys.executable,
+        "-m",
+        "bnfctl",
+        "run",
+        str(pipeline),
+        "--json",
+        "--home",
+        str(home),
+        "--set",
+        "vars.sampler=hf",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        out, _ = process.communicate(timeout=kill_after)
+    except subprocess.TimeoutExpired:
+        process.kill()  # the parent only: its child must end by itself
+        process.communicate()
+        time.sleep(0.5)
+        return None
+    assert process.returncode == 0, f"exit {process.returncode}"
+    return {step["step"]: step["digest"] for step in json.loads(out)["steps"]}
+
+
+def kills(pipeline: Path, folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
+    """Kill one run `count` times; delays are drawn so that most of them fall while a stage works."""
+    started = time.monotonic()
+    calm = run_pipeline(pipeline, folder / "calm")
+    seconds = time.monotonic() - started
+    rng = random.Random(seed)
+    done = 0
+    for _ in range(count):
+        delay = rng.uniform(1.0, max(3.0, 2.0 * seconds / count))
+        if run_pipeline(pipeline, folder / "killed", delay) is None:
+            done += 1
+    ended = run_pipeline(pipeline, folder / "killed")
+    assert calm is not None and ended is not None
+    bad = [f"{step}: {ended[step]} instead of {digest}" for step, digest in calm.items() if ended[step] != digest]
+    problems = [artifact.verify() for artifact in Store(folder / "killed").artifacts()]
+    return {"kills": done, "seconds": round(seconds, 1), "bad": bad + [p for found in problems for p in found]}
+
+
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]))))
+    if sys.argv[1] == "kills":
+        print(json.dumps(kills(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))))
+    else:
+        print(json.dumps(main(sys.argv[1], Path(sys.argv[2]))))
