@@ -27,8 +27,8 @@ from bnfctl.options import as_json, decode, flag_name
 
 LOG_NAME = "stage.log"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FULL_TEXT = re.compile(rf"os error ({'|'.join(map(str, sorted(_FULL)))})\b")
-"""How the safetensors library spells them."""
+_FULL_TEXT = re.compile(rf"\b(?:os error|errno) ({'|'.join(map(str, sorted(_FULL)))})\b", re.IGNORECASE)
+"""How safetensors and pyarrow spell them."""
 
 
 @dataclass(frozen=True)

@@ -255,3 +255,20 @@ def test_no_arguments_is_help(bnfctl: Run) -> None:
     done = bnfctl()
     assert "Usage" in done.out + done.err
     assert "hint:" not in done.err
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 4])
+def test_a_full_disk_is_a_clear_error_and_the_same_command_then_works(
+    blocks: int, prefs: Path, tmp_path: Path, bnfctl: Run
+) -> None:
+    """ulimit -f counts in blocks of 1,024 bytes."""
+    command = f"ulimit -f {blocks}; exec {sys.executable} -m bnfctl build {prefs} --home {tmp_path / 'artifacts'}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"^error: .*File too large", done.stderr, re.M)
+    assert re.search(r"^hint: .*the same command resumes", done.stderr, re.M)
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    again = bnfctl("build", prefs)
+    assert again.code == 0, again.err
+    assert bnfctl("verify").code == 0
