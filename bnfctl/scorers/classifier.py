@@ -102,7 +102,8 @@ def _batches(texts: Sequence[list[int]], indices: Iterable[int], batch_tokens: i
 
 
 def _load(model_dir: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    labels = len(read_config(model_dir).get("id2label") or "ab")  # transformers' default is two
+    shape = read_config(model_dir)
+    labels = len(shape.get("id2label") or ()) or shape.get("num_labels", 2)  # two is transformers' default
     if labels != 1:
         raise UsageError(
             f"a reward model has one label, this model {labels}",
