@@ -47,11 +47,6 @@ def read_rows(folder: Path, columns: list[str] | None = None) -> Iterator[dict[s
         yield from read_parquet(path, columns)
 
 
-def count_rows(folder: Path) -> int:
-    """The number of rows in a folder of shards, from the files' footers."""
-    return sum(pq.read_metadata(path).num_rows for path in folder.glob("*.parquet"))
-
-
 def write_shards(folder: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> int:
     """Write rows, already in their final order, as shards of SHARD_ROWS; returns how many rows."""
     shutil.rmtree(folder, ignore_errors=True)

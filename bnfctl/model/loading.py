@@ -22,10 +22,9 @@ from bnfctl import durable
 from bnfctl.data.chat import read_config
 from bnfctl.errors import UsageError
 from bnfctl.model.head import Head
-from bnfctl.model.pretrained import device, load_pretrained, torch_dtype
+from bnfctl.model.pretrained import DTYPES, device, load_pretrained, torch_dtype
 from bnfctl.model.source import safetensors_header
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",

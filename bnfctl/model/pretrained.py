@@ -13,12 +13,12 @@ from bnfctl.errors import UsageError
 from bnfctl.machine import resolve_dtype
 from bnfctl.model.threads import limit_threads
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def torch_dtype(name: str) -> torch.dtype:
     """The torch type of a config's dtype; `auto` as `machine.resolve_dtype` has it."""
-    return _DTYPES[resolve_dtype(name)]
+    return DTYPES[resolve_dtype(name)]
 
 
 def load_pretrained(auto_class: Any, path: Path, dtype: torch.dtype, trust_remote_code: bool, **options: Any) -> Any:
