@@ -30,6 +30,8 @@ from bnfctl.options import as_json, fingerprint, key_fields
 
 SCHEMA_VERSION = 1
 STAGES = ("generate", "score", "build", "train", "eval")
+KINDS = (*STAGES, "reference")
+"""The artifacts of the stages, and the log-odds that trainings share."""
 CONTENT = ("rows", "model", "metrics.jsonl")
 """What the digest covers.  Everything else in an artifact (logs, provenance) may differ between equal runs."""
 KEY_CHARS = 12
@@ -131,9 +133,14 @@ class Artifact:
         return f"{self.manifest.stage}/{self.manifest.key[:KEY_CHARS]}"
 
     def rows(self, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Its rows, in order.  Each shard is hashed before it is read: Parquet alone misses a flipped byte."""
+        """Its rows, in order."""
         from bnfctl.shards import read_parquet  # pyarrow, which `--help` has no use for
 
+        for shard in self.shards():
+            yield from read_parquet(shard, columns)
+
+    def shards(self) -> Iterator[Path]:
+        """Its Parquet files, in order, each hashed before it is given out: Parquet alone misses a flipped byte."""
         for entry in self.manifest.files:
             if entry["path"].startswith("rows/"):
                 shard = self.path / entry["path"]
@@ -143,7 +150,7 @@ class Artifact:
                     raise BnfctlError(
                         f"corrupted artifact: {entry['path']} is {state}", where=str(self.path), hint=hint
                     )
-                yield from read_parquet(shard, columns)
+                yield shard
 
     def pinned(self) -> Pinned:
         """This artifact as an input of another."""
@@ -283,17 +290,17 @@ class Store:
     def holds(self, path: Path) -> bool:
         """Whether a path is where this store keeps an artifact."""
         place = path.resolve()
-        return place.parent.parent == self.home.resolve() and place.parent.name in STAGES
+        return place.parent.parent == self.home.resolve() and place.parent.name in KINDS
 
     def folders(self, stage: str | None = None, whole: bool = True) -> list[Path]:
         """The folders of artifacts; `whole`: only those with a manifest.  Other folders in the home are not ours."""
-        found = [path for name in STAGES if stage in (None, name) for path in sorted((self.home / name).glob("*"))]
+        found = [path for name in KINDS if stage in (None, name) for path in sorted((self.home / name).glob("*"))]
         mine = [path for path in found if re.fullmatch(f"[0-9a-f]{{{KEY_CHARS}}}", path.name) and path.is_dir()]
         return [path for path in mine if not whole or (path / "manifest.json").exists()]
 
     def artifacts(self, stage: str | None = None) -> Iterator[Artifact]:
         """Every artifact, stage by stage, oldest first; unreadable ones are left to `verify`."""
-        for name in STAGES if stage is None else (stage,):
+        for name in KINDS if stage is None else (stage,):
             found = [artifact for artifact in map(_readable, self.folders(name)) if artifact is not None]
             yield from sorted(found, key=lambda a: (a.manifest.provenance.get("created", 0), a.ref))
 
@@ -347,10 +354,10 @@ class Store:
         if (path / "manifest.json").exists() and (self.holds(path) or _readable(path) is not None):
             return path
         stage, _, key = ref.rpartition("/")
-        if not re.fullmatch(r"[0-9a-f]{4,}", key) or (stage and stage not in STAGES):
+        if not re.fullmatch(r"[0-9a-f]{4,}", key) or (stage and stage not in KINDS):
             return None
         found = [
-            p for name in ([stage] if stage else STAGES)
+            p for name in ([stage] if stage else KINDS)
             for p in (self.home / name).glob(f"{key[:KEY_CHARS]}*") if (p / "manifest.json").exists()
         ]  # fmt: skip
         if len(found) > 1:
@@ -359,12 +366,12 @@ class Store:
         return found[0] if found else None
 
     @contextmanager
-    def draft(self, plan: Plan) -> Iterator[Draft]:
-        """The draft of a plan, locked for this process; UsageError if another one is making it."""
+    def draft(self, plan: Plan, wait: bool = False) -> Iterator[Draft]:
+        """The draft of a plan, locked for this process; UsageError if another one is making it, or `wait` for that."""
         drafts = self.home / ".drafts"
         drafts.mkdir(parents=True, exist_ok=True)
         draft = Draft(self, plan)
-        with _locked(drafts / f"{draft.path.name}.lock", f"{plan.stage}/{plan.key[:KEY_CHARS]}"):
+        with _locked(drafts / f"{draft.path.name}.lock", f"{plan.stage}/{plan.key[:KEY_CHARS]}", wait):
             yield draft
 
 

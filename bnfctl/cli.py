@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bnfctl import __version__, console
+from bnfctl import __version__, console, machine
 from bnfctl.artifact import Store
 from bnfctl.config import CONFIGS, train_recipe
 from bnfctl.errors import BnfctlError, UsageError
@@ -144,11 +144,16 @@ def _run_stage(
     config: Any
     config, origin = resolve(cls, flags, config_file, recipe)
     store = _store(home)
+    if dry_run and machine.follows():
+        return
     if dry_run:
         from bnfctl import dryrun
 
         document = dryrun.describe(launch.plan(stage, config, store, lambda first: None), origin, store, force)
         console.emit(json.dumps(document, indent=2, ensure_ascii=False) if as_json_output else dryrun.as_text(document))
+        return
+    if machine.follows():
+        launch.follow(config, force=force)
         return
     for field, source in origin.items():
         if source.startswith("recipe"):
@@ -335,11 +340,13 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand != "train" and machine.follows():
+        raise typer.Exit  # only training is for many ranks: rank 0 does everything else
 
 
 def main() -> None:
@@ -364,6 +371,8 @@ def main() -> None:
 
 
 def _fail(error: BnfctlError) -> int:
+    if machine.follows():
+        return error.exit_code  # rank 0 says it
     console.report(error)
     if "--json" in sys.argv and not console.has_emitted():
         console.emit(json.dumps(error.as_dict(), ensure_ascii=False))

@@ -13,6 +13,8 @@ from bnfctl.options import opt
 from bnfctl.tables import LOSSES, RULES, SAMPLERS, SCORERS, TASKS
 
 _SPEED_ONLY = "Changes speed, not results, so it is not in the key."
+_SAME = "Float rounding apart, results are the same, so it is not in the key."
+_EXACT = "A resumed run is exact, so it is not in the key."
 _MACHINE = "A fact of the machine, so it is not in the key."
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SAMPLERS = ("auto", *SAMPLERS)
@@ -97,16 +99,68 @@ class TrainConfig:
     retokenize: bool = opt(False, help="Ignore sampled token ids and tokenize the texts with this model.")
     dtype: str = opt("auto", help="Compute type; auto is bfloat16 on a GPU. Masters are float32.", choices=_DTYPES[:3])
     save_dtype: str = opt("auto", help="Type of the saved model; auto is the base's.", choices=_DTYPES)
+    reference: str = opt(
+        "cached",
+        help="cached: log-odds from one pass, kept for every later run; live: a second model in memory.",
+        choices=("cached", "live"),
+    )
+    allow_drift: bool = opt(
+        False, help="Train even if the policy differs from its reference at step 0. Only a gate, not in the key.",
+        key=False,
+    )  # fmt: skip
+    lora: int = opt(0, help="Rank of LoRA adapters; 0 trains all parameters.", low=0)
+    lora_alpha: float | None = opt(None, help="LoRA's scale is alpha / rank. Default: twice the rank.", low=0)
+    lora_targets: tuple[str, ...] = opt(("all-linear",), help="Modules that get adapters; all-linear leaves the head out.")
+    lora_save: str = opt("merged", help="Save a whole model, or the adapter alone.", choices=("merged", "adapter"))
+    quantize: str = opt("none", help="4bit loads the frozen base in NF4 (QLoRA; extra qlora).", choices=("none", "4bit"))
+    optimizer: str = opt(
+        "adamw", help="adamw-8bit keeps the moments in 8 bits (extra 8bit).", choices=("adamw", "adamw-8bit")
+    )
     eval_every: int = opt(0, help="Report on the test split every N steps and at the end; 0 is never.", low=0)
     log_every: int = opt(1, help="A line in metrics.jsonl every N steps.", low=1)
-    save_every: int = opt(
-        50,
-        help="Checkpoint every N steps; 0 is never. A resumed run is exact, so it is not in the key.",
+    devices: int | None = opt(None, help="GPUs (or CPU processes) to use; default: all GPUs. " + _SAME, key=False, low=1)
+    parallel: str = opt(
+        "auto",
+        help="ddp: every device has all parameters; fsdp: a share of them; auto: ddp where it fits. " + _SAME,
         key=False,
-        low=0,
+        choices=("auto", "ddp", "fsdp"),
     )
-    micro_tokens: int = opt(8192, help="Padded tokens per micro-batch. " + _SPEED_ONLY, key=False, low=1)
+    layout: str = opt(
+        "auto", help="packed computes no padding, and a shared prompt once; auto: where it is right. " + _SAME, key=False,
+        choices=("auto", "packed", "padded"),
+    )  # fmt: skip
+    attention: str = opt(
+        "auto", help="Implementation of attention; auto is sdpa. " + _SAME, key=False,
+        choices=("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"),
+    )  # fmt: skip
+    share_prompt: bool = opt(True, help="Compute the prompt of a pair once. " + _SAME, key=False)
+    micro_tokens: int | None = opt(
+        None, help="Tokens per micro-batch; default 2048 on a CPU, 16384 on a GPU. " + _SAME, key=False, low=1
+    )
+    activation_checkpointing: str = opt(
+        "auto", help="Compute layers again in the backward; auto: where memory asks for it. " + _SAME, key=False,
+        choices=("auto", "on", "off"),
+    )  # fmt: skip
+    save_every: int = opt(50, help="Checkpoint every N steps; 0 is never. " + _EXACT, key=False, low=0)
+    save_minutes: float = opt(0.0, help="Checkpoint every so many minutes; 0 is never. " + _EXACT, key=False, low=0)
+    keep: int = opt(1, help="Checkpoints to keep. " + _EXACT, key=False, low=1)
+    track: tuple[str, ...] = opt(
+        (), help="Send metrics there too. A copy of metrics.jsonl, so it is not in the key.", key=False,
+        choices=("tensorboard", "wandb", "trackio"),
+    )  # fmt: skip
     trust_remote_code: bool = opt(False, help="Run code that comes with the model.")
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """The code path that reference log-odds came through: no stage, but the config of `reference` artifacts."""
+
+    dtype: str = opt(help="Compute type.")
+    device: str = opt(help="cpu or cuda.")
+    attention: str = opt(help="Implementation of attention.")
+    packed: bool = opt(help="Packed or padded sequences.")
+    sharded: bool = opt(help="FSDP2's mixed precision (parameters cast) rather than autocast (products cast).")
+    quantize: str = opt(help="Quantization of the base.")
 
 
 @dataclass(frozen=True)
@@ -153,7 +207,14 @@ _TRAIN_RECIPES: dict[str, dict[str, Any]] = {
 """Paper, section 4: learning rates after its grid search at batch 128; the lab's are measured in its notes."""
 
 
+LORA_LR = 1e-5
+"""Of adapters, which start at 0 and need a larger rate than the paper's, which are for all parameters."""
+
+
 def train_recipe(values: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """(title, values) that a known base model brings along; empty for any other."""
+    """(title, values) that a known base model brings along, and LoRA's rate; empty for any other."""
     model = str(values.get("model") or "").split("@")[0]
-    return f"recipe of {model}", _TRAIN_RECIPES.get(model, {})
+    recipe = _TRAIN_RECIPES.get(model, {})
+    if values.get("lora"):
+        return "recipe of LoRA: the rates of full training don't apply", {**recipe, "lr": LORA_LR}
+    return f"recipe of {model}", recipe

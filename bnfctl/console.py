@@ -96,14 +96,15 @@ def _width() -> int:
 class Progress:
     """How far a loop is: a live line on a terminal, otherwise a plain line every 30 s: done / total, rate, eta."""
 
-    def __init__(self, total: int, unit: str, done: int = 0) -> None:
-        self.total, self.unit, self.done = total, unit, done
+    def __init__(self, total: int, unit: str, done: int = 0, quiet: bool = False) -> None:
+        """quiet: say nothing (a rank that is not the first)."""
+        self.total, self.unit, self.done, self.quiet = total, unit, done, quiet
         self._first, self._start = done, time.monotonic()
         self._next = self._start + PLAIN_SECONDS
         self._live: Any = None
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self.quiet:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Live
@@ -119,7 +120,7 @@ class Progress:
         now = time.monotonic()
         if self._live is not None:
             self._live.update(self._task, completed=self.done, description=f"{self.unit} {note}".rstrip())
-        elif now >= self._next:
+        elif now >= self._next and not self.quiet:
             self._next = now + PLAIN_SECONDS
             rate = (self.done - self._first) / max(now - self._start, 1e-9)
             eta = f"{(self.total - self.done) / rate:.0f} s" if rate else "unknown"
@@ -147,6 +148,11 @@ def _on_signal(signum: int, frame: FrameType | None) -> None:
 def stop_requested() -> bool:
     """Whether a signal has asked this process to stop."""
     return _signal is not None
+
+
+def stop_signal() -> int:
+    """The signal that has asked this process to stop, or 0."""
+    return _signal or 0
 
 
 def check_stop() -> None:

@@ -47,6 +47,13 @@ def sync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def sync_tree(folder: Path) -> None:
+    """Flush a folder and everything in it."""
+    for path in sorted(folder.rglob("*")):
+        sync_dir(path) if path.is_dir() else sync_file(path)
+    sync_dir(folder)
+
+
 def rename(source: Path, target: Path) -> None:
     """Atomic rename (files or folders on one file system), durable on return."""
     boundary(f"before rename {target.name}")

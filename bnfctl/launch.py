@@ -1,34 +1,26 @@
-"""Run one stage: plan, look for the result, else make it in a draft; here, or in a child process of its own."""
+"""Run one stage: plan, look for the result, else make it in a draft; here, on ranks, or in a child process of its own."""
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import errno
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from bnfctl import console, durable, stages
-from bnfctl.artifact import Artifact, Pinned, Plan, Store
-from bnfctl.config import CONFIGS
+from bnfctl import console, durable, machine, ranks, stages
+from bnfctl.artifact import Artifact, Draft, Pinned, Plan, Store
 from bnfctl.errors import BnfctlError
-from bnfctl.options import as_json, decode, flag_name
+from bnfctl.options import as_json
 
 LOG_NAME = "stage.log"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FULL_TEXT = re.compile(rf"\b(?:os error|errno) ({'|'.join(map(str, sorted(_FULL)))})\b", re.IGNORECASE)
-"""How safetensors and pyarrow spell them."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +46,30 @@ def plan(stage: str, config: Any, store: Store, prepare: Callable[[stages.Prereq
 
 
 def execute(stage: str, config: Any, store: Store, *, force: bool = False, name: str | None = None) -> Outcome:
-    """Run a stage in this process and return its artifact, made or found."""
+    """Run a stage and return its artifact, made or found: in this process, or on ranks that it starts.
+
+    Under a launcher this is rank 0, and training is done together with the ranks that `follow`.
+    """
+    count = ranks.to_start(stage, config)
+
+    def start(draft: Draft) -> dict[str, Any]:
+        return ranks.run_ranks(draft, count) if count > 1 else ranks.run_stage(draft)
+
+    if stage == ranks.STAGE and machine.place().size > 1:
+        asked = ranks.asked(config, force=force)
+        return ranks.lead(asked, lambda together: _execute(stage, config, store, force, name, together))
+    return _execute(stage, config, store, force, name, start)
+
+
+def follow(config: Any, *, force: bool = False) -> None:
+    """What `execute` of a training is on the ranks behind rank 0; raises the error that rank 0 ends with."""
+    ranks.to_start(ranks.STAGE, config)
+    ranks.follow(ranks.asked(config, force=force))
+
+
+def _execute(
+    stage: str, config: Any, store: Store, force: bool, name: str | None, run: Callable[[Draft], dict[str, Any]]
+) -> Outcome:
     started = time.monotonic()
 
     def prepare(first: stages.Prerequisite) -> Artifact:
@@ -68,7 +83,7 @@ def execute(stage: str, config: Any, store: Store, *, force: bool = False, name:
     artifact = None if force else store.get(stage, planned.key)
     cached = artifact is not None
     if artifact is None:
-        artifact, cached = _make(planned, store, force)
+        artifact, cached = _make(planned, store, force, run)
     if cached:
         console.say(f"cached {artifact.ref}{engine_note(artifact)}")
     if name is not None:
@@ -76,7 +91,7 @@ def execute(stage: str, config: Any, store: Store, *, force: bool = False, name:
     return Outcome(artifact, cached, time.monotonic() - started)
 
 
-def _make(planned: Plan, store: Store, force: bool) -> tuple[Artifact, bool]:
+def _make(planned: Plan, store: Store, force: bool, run: Callable[[Draft], dict[str, Any]]) -> tuple[Artifact, bool]:
     with store.draft(planned) as draft:
         found = None if force else store.get(planned.stage, planned.key)
         if found is not None:
@@ -84,33 +99,8 @@ def _make(planned: Plan, store: Store, force: bool) -> tuple[Artifact, bool]:
         if force:
             draft.start_over()
         draft.open()
-        try:
-            return draft.publish(stages.module(planned.stage).run(planned.config, draft)), False
-        except BnfctlError:
-            raise
-        except Exception as error:
-            if getattr(error, "errno", None) in _FULL or _FULL_TEXT.search(str(error)):
-                raise no_room(error, store.home) from None
-            raise _unexpected(error, draft.path) from error
-
-
-def no_room(error: Exception, home: Path) -> BnfctlError:
-    """A full disk: nothing is lost."""
-    hint = "free some disk (bnfctl gc), then the same command resumes"
-    return BnfctlError(f"no room to write: {error}", where=str(home), hint=hint)
-
-
-def _unexpected(error: Exception, draft: Path) -> BnfctlError:
-    """A fault that is not the user's: the traceback goes to the draft's log, the message to the user."""
-    log = draft / "log" / "traceback.txt"
-    text = traceback.format_exc()
-    try:
-        log.write_text(text, encoding="utf-8")
-    except OSError:
-        console.say(text)
-    if "out of memory" in str(error).lower():
-        return BnfctlError(f"out of memory: {error}", where=str(log), hint="a smaller --micro-tokens or --chunk")
-    return BnfctlError(f"{type(error).__name__}: {error}", where=str(log), hint="the same command resumes")
+        with ranks.guarded(draft):
+            return draft.publish(run(draft)), False
 
 
 def engine_note(artifact: Artifact) -> str:
@@ -200,34 +190,18 @@ def _child_error(code: int, result: Path, where: str) -> BnfctlError:
     return error
 
 
-def die_with_parent(parent: int) -> None:
-    """End this process when `parent` ends, even by `kill -9`: drafts are safe at any moment."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def config_from_json(stage: str, raw: dict[str, Any]) -> Any:
-    """A stage's config from its JSON form."""
-    cls = CONFIGS[stage]
-    return cls(**{name: decode(cls, name, value, flag_name(name)) for name, value in raw.items()})
-
-
 def _child(request: Path) -> int:
     raw = json.loads(request.read_text(encoding="utf-8"))
-    die_with_parent(raw["parent"])
+    ranks.die_with_parent(raw["parent"])
     console.claim_stdout()
     console.catch_signals()
     result = Path(raw["result"])
     try:
         execute(
-            raw["stage"], config_from_json(raw["stage"], raw["config"]), Store(Path(raw["home"])), force=raw["force"]
+            raw["stage"],
+            ranks.config_from_json(raw["stage"], raw["config"]),
+            Store(Path(raw["home"])),
+            force=raw["force"],
         )
         return 0
     except BnfctlError as error:

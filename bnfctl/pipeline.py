@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bnfctl import console, launch, stages
+from bnfctl import console, launch, machine, stages
 from bnfctl.artifact import Artifact, Plan, Store
 from bnfctl.config import CONFIGS, train_recipe
 from bnfctl.errors import BnfctlError, UsageError, nearest
@@ -206,6 +206,10 @@ class Run:
 
     def run(self) -> list[Result]:
         """Make or find every step's artifact; the first failure ends the run, a rerun resumes there."""
+        place = machine.place()
+        if place.size > 1:
+            hint = "bnfctl run starts its ranks itself, on this machine; for many nodes, give each bnfctl train to the launcher"
+            raise UsageError(f"a pipeline under {place.launcher}", where=place.launcher, hint=hint)
         results = []
         for index, step in enumerate(self.steps):
             result = self._run_step(index, step)

@@ -26,7 +26,11 @@ IDS = pa.list_(pa.int32())
 
 def write_parquet(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
     """One Parquet file (zstd), atomically and durably."""
-    table = pa.Table.from_pylist(list(rows), schema=schema)
+    write_table(path, pa.Table.from_pylist(list(rows), schema=schema))
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """The same for rows that are an Arrow table already."""
     durable.write_file(path, lambda temporary: _write(table, temporary))
 
 
@@ -60,6 +64,14 @@ def write_shards(folder: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema
     if pending or not total:
         write_parquet(folder / f"{total // SHARD_ROWS:05d}.parquet", pending, schema)
     return total + len(pending)
+
+
+def write_table_shards(folder: Path, table: pa.Table) -> None:
+    """`write_shards` for an Arrow table."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for start in range(0, max(1, table.num_rows), SHARD_ROWS):
+        write_table(folder / f"{start // SHARD_ROWS:05d}.parquet", table.slice(start, SHARD_ROWS))
 
 
 class Parts:

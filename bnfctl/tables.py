@@ -11,10 +11,16 @@ from typing import Any
 from bnfctl.errors import UsageError, nearest
 
 LOSSES = {
-    "bnf": "bnfctl.losses.bnf:BNF",
+    "bnf": "bnfctl.losses.bidirectional:BNF",
     "sft": "bnfctl.losses.likelihood:SFT",
     "nll-pll": "bnfctl.losses.likelihood:NLLPLL",
+    "slic-hf": "bnfctl.losses.margin:SLiCHF",
     "dpo": "bnfctl.losses.dpo:DPO",
+    "ipo": "bnfctl.losses.dpo:IPO",
+    "kto": "bnfctl.losses.kto:KTO",
+    "orpo": "bnfctl.losses.margin:ORPO",
+    "r-dpo": "bnfctl.losses.dpo:RDPO",
+    "simpo": "bnfctl.losses.margin:SimPO",
 }
 SAMPLERS = {
     "vllm": "bnfctl.samplers.vllm:VLLMSampler",

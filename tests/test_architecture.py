@@ -28,6 +28,7 @@ LAYERS = [
     {"model", "losses", "client"},
     {"samplers", "scorers", "training", "tasks", "analysis"},
     {"stages", "lab"},
+    {"ranks"},
     {"launch"},
     {"pipeline"},
     {"browse", "dryrun"},
@@ -37,7 +38,7 @@ LAYERS = [
 ]
 """Lowest first.  A module imports from lower layers only; a package may also import from itself."""
 
-LIGHT = {"cli", "options", "config", "errors", "console", "artifact", "shards", "pipeline", "launch", "tables", "hub",
+LIGHT = {"cli", "options", "config", "errors", "console", "artifact", "shards", "pipeline", "launch", "ranks", "tables", "hub",
          "digests", "durable", "browse", "dryrun", "machine", "__main__"}  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "vllm", "accelerate"}
 

@@ -83,7 +83,7 @@ def test_random_kills_of_the_smoke_pipeline_change_no_digest(tmp_path: Path) -> 
 def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     code = (
         "import os, sys, time, signal\n"
-        "from bnfctl.launch import die_with_parent\n"
+        "from bnfctl.ranks import die_with_parent\n"
         "child = os.fork()\n"
         "if child == 0:\n"
         "    die_with_parent(os.getppid())\n"

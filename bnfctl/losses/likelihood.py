@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from bnfctl.losses import TokenLogps
+from bnfctl.losses import Stats, TokenLogps
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class SFT:
     needs_reference: ClassVar[bool] = False
     needs_pairs: ClassVar[bool] = False
     needs_entropy: ClassVar[bool] = False
+    needs_kl: ClassVar[bool] = False
     separable: ClassVar[bool] = True
     labels: ClassVar[tuple[int, ...]] = (1,)
 
@@ -37,14 +38,14 @@ class SFT:
         chosen = label > 0
         return float(length[chosen].sum() if self.normalize == "token" else chosen.sum())
 
-    def total(self, tokens: TokenLogps, stats: object = None) -> Tensor:
+    def total(self, tokens: TokenLogps, stats: Stats | None = None) -> Tensor:
         return (self.coefficients(tokens) * tokens.logp).sum()
 
     def coefficients(self, tokens: TokenLogps) -> Tensor:
         """[N] -1 (or -1 / |y|) on chosen tokens, 0 on rejected ones."""
         return -self._share(tokens)[tokens.segment]
 
-    def value(self, tokens: TokenLogps, entropy: Tensor | None) -> Tensor:
+    def value(self, tokens: TokenLogps, entropy: Tensor | None, stats: Stats | None = None) -> Tensor:
         """[R] NLL (per token under "response"); 0 for a rejected response."""
         return -self._share(tokens) * tokens.sum_by_response(tokens.logp.detach())
 
@@ -66,6 +67,7 @@ class NLLPLL:
     needs_reference: ClassVar[bool] = False
     needs_pairs: ClassVar[bool] = False
     needs_entropy: ClassVar[bool] = False
+    needs_kl: ClassVar[bool] = False
     separable: ClassVar[bool] = True
     labels: ClassVar[tuple[int, ...]] = (1, -1)
 
@@ -77,14 +79,14 @@ class NLLPLL:
         """The number of responses, as for BNF."""
         return float(label.numel())
 
-    def total(self, tokens: TokenLogps, stats: object = None) -> Tensor:
+    def total(self, tokens: TokenLogps, stats: Stats | None = None) -> Tensor:
         return (self.coefficients(tokens) * tokens.logp).sum()
 
     def coefficients(self, tokens: TokenLogps) -> Tensor:
         """[N] -label / |y|, or -label."""
         return -self._share(tokens)[tokens.segment]
 
-    def value(self, tokens: TokenLogps, entropy: Tensor | None) -> Tensor:
+    def value(self, tokens: TokenLogps, entropy: Tensor | None, stats: Stats | None = None) -> Tensor:
         """[R] -(label / |y|) log pi(y), or -label log pi(y)."""
         return -self._share(tokens) * tokens.sum_by_response(tokens.logp.detach())
 

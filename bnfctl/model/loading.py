@@ -1,7 +1,4 @@
-"""A model folder in and out: float32 masters to train, a safetensors folder that transformers and vLLM load.
-
-Dropout is off and there is no KV cache: a policy in training and its reference go through the same code.
-"""
+"""A model folder in and out: float32 masters to train, a safetensors folder that transformers and vLLM load."""
 
 from __future__ import annotations
 
@@ -10,19 +7,20 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bnfctl import durable
+from bnfctl import console, durable
 from bnfctl.data.chat import read_config
 from bnfctl.errors import UsageError
-from bnfctl.model.head import Head
-from bnfctl.model.pretrained import DTYPES, device, load_pretrained, torch_dtype
+from bnfctl.model.attention import NAME as ROWS
+from bnfctl.model.attention import register
+from bnfctl.model.policy import Policy, packs
+from bnfctl.model.pretrained import DTYPES, load_pretrained
 from bnfctl.model.source import safetensors_header
 
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -33,71 +31,47 @@ COMPANIONS = (
 """Files of a model folder that training leaves as they are, byte for byte: the tokenizer keeps its digest."""
 
 
-@dataclass(frozen=True, eq=False)
-class Policy:
-    """A causal language model taken apart into body and head, and how it computes."""
+def load_model(
+    path: Path, attention: str, trust_remote_code: bool, device: torch.device, quantization: Any = None
+) -> Any:
+    """The causal language model in `path` with float32 parameters, in eval mode: dropout off, on the CPU.
 
-    model: Any
-    """The transformers model, float32 parameters, in eval mode on its device."""
-    body: nn.Module
-    head: Head
-    compute_dtype: torch.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.head.matrix.device
-
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[S, L, H] final hidden states of right-padded ids [S, L] (mask [S, L]: 1 is a token, 0 is padding)."""
-        mixed = self.compute_dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=self.compute_dtype if mixed else torch.bfloat16, enabled=mixed):
-            states = self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        return states.to(self.compute_dtype)
-
-
-def load_policy(path: Path, *, compute_dtype: str = "auto", trust_remote_code: bool = False) -> Policy:
-    """The model in `path` with float32 parameters, on the GPU where there is one.
-
-    compute_dtype: float32, bfloat16 (autocast over float32 masters) or auto: bfloat16 on a GPU, else float32.
-    Raises UsageError when the folder is no causal language model that can be trained here.
+    quantization: a transformers config; then its linears are quantized, and it is on `device`.
+    Raises UsageError when the folder is no causal language model.
     """
     from transformers import AutoModelForCausalLM
 
-    # Attention logits with a soft cap are right in the eager implementation only.
-    attention = "eager" if read_config(path).get("attn_logit_softcapping") else None
-    model = load_pretrained(
-        AutoModelForCausalLM, path, torch.float32, trust_remote_code, attn_implementation=attention
-    ).to(device())  # in eval mode: dropout off; nothing else of a causal language model depends on it
-    body, head = body_and_head(model)
-    policy = Policy(model, body, head, torch_dtype(compute_dtype))
-    _check_parts(policy, str(path))
-    return policy
+    more = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
+    return load_pretrained(
+        AutoModelForCausalLM, path, torch.float32, trust_remote_code, attn_implementation=attention, **more
+    )
 
 
-def body_and_head(model: Any) -> tuple[nn.Module, Head]:
-    """The module that gives final hidden states, and the head, of any AutoModelForCausalLM."""
-    output = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    body = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    if output is None or body is None or body is model:
-        raise UsageError(f"{type(model).__name__} has no separate body and head, so it cannot be trained here")
-    return body, Head(output.weight, getattr(output, "bias", None), getattr(config, "final_logit_softcapping", None))
+def padded_attention(path: Path, attention: str = "auto") -> str:
+    """The implementation that a model is loaded with: what was asked for, else eager for a soft cap, else sdpa."""
+    if attention != "auto":
+        return attention
+    # transformers' sdpa leaves a soft cap on attention logits out.
+    return "eager" if read_config(path).get("attn_logit_softcapping") else "sdpa"
 
 
-@torch.no_grad()
-def _check_parts(policy: Policy, where: str) -> None:
-    """Refuse an architecture that does more to its logits than the head knows (Cohere and Granite scale them)."""
-    vocabulary = policy.head.matrix.shape[0]
-    ids = torch.tensor([[1 % vocabulary, 2 % vocabulary, 0]], device=policy.device)
-    mixed = policy.compute_dtype != torch.float32
-    with torch.autocast(policy.device.type, dtype=policy.compute_dtype if mixed else torch.bfloat16, enabled=mixed):
-        expected = policy.model(input_ids=ids, use_cache=False).logits[0].float()
-    found = policy.head.logits(policy.hidden(ids, torch.ones_like(ids))[0])
-    error = float((found - expected).norm() / expected.norm().clamp(min=1e-6))
-    if not error < (0.05 if mixed else 1e-3):
-        kind = type(policy.model).__name__
-        what = f"{kind} changes its logits in a way that bnfctl does not know (relative error {error:.2g})"
-        raise UsageError(what, where=where, hint="Llama, Mistral, Qwen and Gemma models are known to work")
+def choose_packing(policy: Policy, layout: str, attention: str, where: str) -> bool:
+    """Whether the policy packs from here on; its attention is switched to what packing needs.
+
+    layout: packed, padded, or auto: packed where the model keeps packed documents apart (`policy.packs` asks it).
+    Raises UsageError for packed where it does not.
+    """
+    if layout == "padded" or (attention == "eager" and layout == "auto"):
+        return False
+    register()
+    before = policy.attention
+    if attention != "eager" and packs(policy, ROWS if attention in ("auto", "sdpa") else attention, before):
+        return True
+    what = f"{type(policy.model).__name__} with {before} attention does not keep packed documents apart"
+    if layout == "packed":
+        raise UsageError(what, where=where, hint="--layout padded")
+    console.say(f"{what}: sequences are padded, in micro-batches of like length")
+    return False
 
 
 def checkpoint_dtype(folder: Path) -> str:
@@ -114,30 +88,37 @@ def checkpoint_dtype(folder: Path) -> str:
     return stored if stored in DTYPES else "float32"
 
 
-def save_policy(model: Any, source_dir: Path, target_dir: Path, save_dtype: str = "auto") -> None:
-    """Write the transformers model as a folder of its own; every file is on the disk when this returns.
+def save_model(model: Any, state: dict[str, Tensor], source_dir: Path, target_dir: Path, dtype: str) -> None:
+    """Write a transformers model with these parameters as a folder of its own, durably.
 
-    save_dtype: float32, bfloat16, float16 or auto, the type of the checkpoint in `source_dir`.
+    state: whole tensors by name.  dtype: float32, bfloat16 or float16.
     """
-    kind = checkpoint_dtype(source_dir) if save_dtype == "auto" else save_dtype
-    if target_dir.exists():
-        shutil.rmtree(target_dir)  # left by a crash while saving
-    target_dir.mkdir(parents=True)
+    empty(target_dir)
     with _neutral(model):
-        model.save_pretrained(target_dir, state_dict=_cast(model.state_dict(), DTYPES[kind]), max_shard_size="5GB")
+        model.save_pretrained(target_dir, state_dict=_cast(state, DTYPES[dtype]), max_shard_size="5GB")
     config = json.loads((target_dir / "config.json").read_text(encoding="utf-8"))
-    _set_dtype(config, kind)
+    _set_dtype(config, dtype)
     (target_dir / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (target_dir / "generation_config.json").unlink(missing_ok=True)
+    copy_companions(source_dir, target_dir)
+    durable.sync_tree(target_dir)
+
+
+def empty(folder: Path) -> None:
+    """A new folder in the place of what a crash while saving left."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def copy_companions(source_dir: Path, target_dir: Path) -> None:
+    """Tokenizer, chat template, generation config: byte for byte."""
     for pattern in COMPANIONS:
         for file in sorted(source_dir.glob(pattern)):
             if file.is_file():
                 copy = target_dir / file.relative_to(source_dir)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copy)
-    for file in sorted(target_dir.rglob("*")):
-        durable.sync_dir(file) if file.is_dir() else durable.sync_file(file)
-    durable.sync_dir(target_dir)
 
 
 def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -6,16 +6,19 @@ import json
 import os
 from pathlib import Path
 
+from bnfctl.machine import ranks_here
+
 _WIDE = 512
 """Hidden size from which a second thread pays: below it, threads wait for each other longer than they compute."""
 
 
 def cpu_threads(model_dir: Path) -> int:
-    """1 for a narrow model, else the cores this process may use.
+    """1 for a narrow model, else this rank's share of the cores that it may use.
 
     On a machine with other load, two threads on a model of hidden size 128 took 20 times as long as one.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // ranks_here())
     try:
         config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

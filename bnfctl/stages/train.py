@@ -6,7 +6,7 @@ import dataclasses
 from importlib.metadata import version
 from typing import Any
 
-from bnfctl import console, losses
+from bnfctl import losses
 from bnfctl.artifact import Artifact, Draft, Plan, Store
 from bnfctl.config import PUBLISHED_SETS, BuildConfig, TrainConfig
 from bnfctl.errors import UsageError
@@ -15,7 +15,7 @@ from bnfctl.machine import resolve_dtype
 from bnfctl.model.source import model_dir, parameter_count, pin_model
 from bnfctl.stages import Prerequisite
 
-STAGE, VERSION = "train", 1
+STAGE, VERSION = "train", 2
 
 _COUNTED = {
     "cut": "responses cut at the maximum length",
@@ -51,21 +51,25 @@ def plan(config: TrainConfig, store: Store) -> Plan | Prerequisite:
 
 
 def run(config: TrainConfig, draft: Draft) -> dict[str, Any]:
-    """Write model/ and metrics.jsonl; returns the last figures."""
+    """Write model/ and metrics.jsonl; returns the last figures.  Every rank runs it, in the same draft folder."""
     from bnfctl.data.tokens import check_digest, records
     from bnfctl.training.loop import train
+    from bnfctl.training.setup import Source
+    from bnfctl.training.world import joined
 
-    folder = model_dir(draft.inputs["model"])
-    build = draft.artifact("data")
-    made_with = build.manifest.summary["tokenizer"]
-    check_digest(folder, config, made_with)
-    train_set, test_set, counts = records(build.rows(), config, folder, made_with)
-    for name, count in counts.items():
-        if count:
-            console.say(f"{count} {_COUNTED[name]}")
-    summary = train(config, folder, train_set, test_set, draft.path)
+    with joined() as world:
+        folder = model_dir(draft.inputs["model"])
+        build = draft.artifact("data")
+        made_with = build.manifest.summary["tokenizer"]
+        check_digest(folder, config, made_with)
+        train_set, test_set, counts = records(build.rows(), config, folder, made_with)
+        for name, count in counts.items():
+            if count:
+                world.say(f"{count} {_COUNTED[name]}")
+        source = Source(folder, draft.inputs["model"], draft.store)
+        summary = {**train(config, source, train_set, test_set, draft.path, world), **counts}
     draft.provenance.update(summary.pop("provenance"), engine=f"torch {version('torch')}")
-    return {**summary, **counts}
+    return summary
 
 
 def estimate(planned: Plan) -> str:

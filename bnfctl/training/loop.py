@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,67 +14,69 @@ from torch import Tensor
 
 from bnfctl import console, durable, options
 from bnfctl.config import TrainConfig
-from bnfctl.data.records import Record, Side
+from bnfctl.data.records import Record
 from bnfctl.errors import BnfctlError, UsageError
-from bnfctl.losses import Loss, TokenLogps, make
-from bnfctl.model.loading import Policy, load_policy, save_policy
-from bnfctl.training import checkpoint, reference
-from bnfctl.training.batches import Kept, MicroBatch, Plan, all_sides, micro_batches, step_data
+from bnfctl.losses import Loss, Stats, make
+from bnfctl.training import budget, checkpoint, saving
+from bnfctl.training.batches import MicroBatch, Plan, StepData, step_data
+from bnfctl.training.gradients import clip, reduce
 from bnfctl.training.metrics import FILE as METRICS_FILE
-from bnfctl.training.metrics import MetricsFile, StepSums
+from bnfctl.training.metrics import MetricsFile, StepSums, line
+from bnfctl.training.objective import backward, forward, kl_sum
+from bnfctl.training.setup import Run, Source, prepare
+from bnfctl.training.speed import SpeedLog
+from bnfctl.training.world import World
 
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """The parts of one training run."""
-
-    config: TrainConfig
-    loss: Loss
-    plan: Plan
-    test_set: Sequence[Record]
-    policy: Policy
-    optimizer: torch.optim.Optimizer
-    reference: reference.Reference | None
-    keep: Kept
+DRIFT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+"""Largest mean of 1 - c at step 0, where policy and reference are the same model."""
 
 
 def train(
-    config: TrainConfig, model_dir: Path, train_set: Sequence[Record], test_set: Sequence[Record], work: Path
-) -> dict[str, Any]:
-    """Train the model in `model_dir`; leaves model/, metrics.jsonl and log/ in `work`, and says what came out.
+    config: TrainConfig, source: Source, train_set: Sequence[Record], test_set: Sequence[Record], work: Path,
+    world: World,
+) -> dict[str, Any]:  # fmt: skip
+    """Train the model of `source`; leaves model/, metrics.jsonl and log/ in `work`, and says what came out.
 
-    Everything in the result but "provenance" is deterministic.  A second call on the same `work` resumes from the
-    newest checkpoint, with the same bytes as an undisturbed run.  Raises UsageError for data that the loss cannot
-    use, Interrupted after a checkpoint when a stop was requested, BnfctlError when a number stops being finite.
+    Collective.  Everything in the result but "provenance" is deterministic.  A second call on the same `work` resumes
+    from the newest checkpoint, with the same bytes as an undisturbed run.  Raises UsageError for data that the loss
+    cannot use, Interrupted after a checkpoint when a stop was requested, BnfctlError when a number stops being finite
+    or the policy differs from its reference at step 0.
     """
     loss = make(config.loss, config.loss_arg)
     kept = check_records(config, loss, train_set, test_set)
     plan = Plan(config, kept)
     started = time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
-    run = prepare(config, loss, plan, test_set, model_dir, work)
-    state = checkpoint.restore(work, _asked(config), run.policy.model, run.optimizer)
-    metrics = MetricsFile(work / METRICS_FILE, state.metrics_bytes)
+    run = prepare(config, loss, plan, test_set, source, world, budget.stored(work))
+    if world.device.type == "cuda":  # a CPU has swap, and no error before it is full
+        with budget.halved_when_full(run, work, "before step 0"):
+            budget.set_budget(run, budget.probe(run))
+    state = checkpoint.restore(work, _asked(config), run.policy.model, run.optimizer, world)
+    metrics = MetricsFile(work / METRICS_FILE, state.metrics_bytes) if world.main else None
     if state.step:
-        console.say(f"resuming after step {state.step} of {plan.steps}")
+        world.say(f"resuming after step {state.step} of {plan.steps}")
     if config.eval_every and not test_set:
-        console.say("the test split is empty: no report on it")
-    seconds, tokens = _steps(run, state.step, metrics, work)
-    save_policy(run.policy.model, model_dir, work / "model", config.save_dtype)
-    durable.sync_file(metrics.path)
+        world.say("the test split is empty: no report on it")
+    with budget.halved_when_full(run, work, "while training"):
+        seconds, tokens = _steps(run, state.step, metrics, work)
+    saving.save(run, source, work / "model")
+    durable.sync_file(work / METRICS_FILE)
     return {
         "loss": config.loss,
         "steps": plan.steps,
         "records": len(kept),
         "records_left_out": len(train_set) - len(kept),
-        "tokens": sum(len(side.ids) for record in kept for side in record.sides if run.keep(side)),
+        "tokens": sum(len(side.ids) for record in kept for side in record.sides if run.splits["train"].keep(side)),
         "parameters": sum(parameter.numel() for parameter in run.policy.model.parameters()),
-        "final": metrics.last("train"),
-        "test": metrics.last("test"),
+        "final": metrics.last("train") if metrics else None,
+        "test": metrics.last("test") if metrics else None,
         "provenance": {
             "device": _device_name(run.policy.device),
+            "ranks": world.size,
             "compute_dtype": str(run.policy.compute_dtype).removeprefix("torch."),
+            "attention": run.policy.attention,
             "threads": torch.get_num_threads(),
+            "reference": run.reference_refs,
             "resumed_from_step": state.step,
             "seconds": round(time.monotonic() - started, 3),
             "trained_tokens_per_second": round(tokens / seconds, 1) if seconds else None,
@@ -124,82 +125,61 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def adamw(config: TrainConfig, policy: Policy) -> torch.optim.AdamW:
-    """AdamW; matrices decay, norms and biases do not."""
-    parameters = list(policy.model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
-
-
-def prepare(
-    config: TrainConfig, loss: Loss, plan: Plan, test_set: Sequence[Record], model_dir: Path, work: Path
-) -> Run:
-    """Model, optimizer and reference, as they are before step 0."""
-
-    def keep(side: Side) -> bool:
-        return side.label in loss.labels
-
-    policy = load_policy(model_dir, compute_dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-    reported = test_set if config.eval_every else []
-    stored = None
-    # A report on the test split has margins, which need the reference whatever the loss.
-    if loss.needs_reference or reported:
-        stored = reference.prepare(policy, plan, keep, reported, work)
-    return Run(config, loss, plan, reported, policy, adamw(config, policy), stored, keep)
-
-
-def _steps(run: Run, first: int, metrics: MetricsFile, work: Path) -> tuple[float, int]:
+def _steps(run: Run, first: int, metrics: MetricsFile | None, work: Path) -> tuple[float, int]:
     """Steps `first`.. to the end; (seconds, trained tokens) of this process."""
-    config, total = run.config, run.plan.steps
-    begun, tokens = time.monotonic(), 0
-    (work / "log").mkdir(parents=True, exist_ok=True)
-    with console.Progress(total, "steps", first) as progress:
+    config, total, world = run.config, run.plan.steps, run.world
+    begun, tokens, saved = time.monotonic(), 0, time.monotonic()
+    speed = SpeedLog(work / "log", run)
+    with console.Progress(total, "steps", first, quiet=not world.main) as progress:
         for step, positions in enumerate(run.plan.batches(first), start=first + 1):
-            tick = time.monotonic()
             log = step % config.log_every == 0 or step == total
-            line = {"step": step, "split": "train", **take_step(run, positions, step, log)}
-            tokens += line["tokens"]
-            if log:
-                metrics.append(line)
-                _log_speed(work, step, time.monotonic() - tick, line["tokens"])
-            if run.test_set and (step % config.eval_every == 0 or step == total):
-                metrics.append({"step": step, "split": "test", **evaluate(run)})
-            stop = console.stop_requested()
-            if stop or (config.save_every and step % config.save_every == 0 and step < total):
-                state = checkpoint.State(step, metrics.path.stat().st_size, _asked(config))
-                checkpoint.save(work, state, run.policy.model, run.optimizer, metrics.path)
-            console.check_stop()
-            progress.advance(note=f"objective {line['objective']:.4g}" if log else "")
+            found = {"step": step, "split": "train", **take_step(run, positions, step, log)}
+            tokens += found["tokens"]
+            if metrics and log:
+                metrics.append(found)
+            speed.add(step, positions)
+            if run.splits["test"].records and (step % config.eval_every == 0 or step == total):
+                report = {"step": step, "split": "test", **evaluate(run)}
+                if metrics:
+                    metrics.append(report)
+            late = 0 < config.save_minutes * 60 <= time.monotonic() - saved
+            stop, due = world.any(console.stop_requested(), late)
+            due = due or bool(config.save_every) and step % config.save_every == 0
+            if stop or (due and step < total):
+                size = metrics.path.stat().st_size if metrics else 0
+                state = checkpoint.State(step, size, _asked(config))
+                checkpoint.save(work, state, run.policy.model, run.optimizer, work / METRICS_FILE, world, config.keep)
+                saved = time.monotonic()
+            world.check_stop(stop)
+            progress.advance(note=f"objective {found['objective']:.4g}" if log else "")
     return time.monotonic() - begun, tokens
 
 
 def take_step(run: Run, positions: list[int], step: int, log: bool) -> dict[str, Any]:
     """One optimizer step (counted from 1); the numbers of its line, without the objective's where not logged."""
-    config, loss, records = run.config, run.loss, run.plan.records
-    data = step_data(records, positions, run.keep)
+    config, loss, work = run.config, run.loss, run.splits["train"]
+    data = step_data(work.records, positions, work.keep)
     denominator = loss.denominator(data.label, data.length, data.pair)
-    sums, total = StepSums(), 0.0
+    # FSDP2 averages over the ranks; this loop sums.
+    scale = (run.world.size if run.sharded else 1) / denominator
+    log = log or step == 1
+    sums, stats = StepSums(), kl_stats(run, "train", positions, data)
     run.optimizer.zero_grad(set_to_none=True)
-    stored = run.reference.train if run.reference else None
-    for batch in micro_batches(records, positions, run.keep, config.micro_tokens):
-        tokens, entropy = forward(run, batch, stored, log)
-        coefficients = gradient(loss, tokens)
-        tokens.logp.backward(coefficients / denominator)
-        total += float(loss.total(tokens).detach())
+    for batch, ref_log_odds in _batches(run, "train", positions):
+        done = backward(run.policy, loss, batch, ref_log_odds, stats, scale, log and loss.needs_entropy)
         if log:
-            sums.add(tokens, loss.value(tokens, entropy), coefficients)
-    parameters = [p for p in run.policy.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if not (math.isfinite(float(norm)) and math.isfinite(total)):
+            sums.add(done.tokens, loss.value(done.tokens, done.entropy, stats), done.coefficients)
+    parameters = [p for p in run.policy.parameters() if p.requires_grad]
+    reduce(parameters, run.world, run.sharded)
+    norm = clip(parameters, config.clip)
+    figures = sums.over_ranks(run.world) if log else {}
+    if not (math.isfinite(norm) and math.isfinite(figures.get("value", 0.0))):
         raise BnfctlError(
-            f"step {step}: the gradient norm is {float(norm)} and the loss {total / denominator}",
+            f"step {step}: the gradient norm is {norm} and the loss {figures.get('value', math.nan) / denominator}",
             hint="try a lower --lr, a longer --warmup or --dtype float32",
         )
-    if config.clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
+    if step == 1 and run.reference is not None:
+        check_drift(run, figures["drift"] / float(data.length.sum()))
     lr = learning_rate(config, step - 1, run.plan.steps)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -207,64 +187,54 @@ def take_step(run: Run, positions: list[int], step: int, log: bool) -> dict[str,
     counts = {"tokens": int(data.length.sum()), "records": len(positions)}
     if not log:
         return counts
-    pull = {"coefficient": sums.pull / denominator, "grad_norm": float(norm)}
-    return {"lr": lr, **sums.line(loss, denominator), **pull, **counts}
+    pull = {"coefficient": figures["pull"] / denominator, "grad_norm": norm}
+    return {"lr": lr, **line(figures, loss, data, run.reference is not None), **pull, **counts}
 
 
-def forward(
-    run: Run, batch: MicroBatch, stored: reference.LogOdds | None, report: bool
-) -> tuple[TokenLogps, Tensor | None]:
-    """The policy on one micro-batch: its tokens, and their entropy [N] where the loss's value needs it."""
-    policy = run.policy
-    moved = batch.to(policy.device)
-    hidden = policy.hidden(moved.input_ids, moved.attention_mask).flatten(0, 1).index_select(0, moved.predictor)
-    result = policy.head(hidden, moved.target, entropy=report and run.loss.needs_entropy)
-    tokens = TokenLogps(
-        logp=result.logp,
-        log_odds=result.log_odds,
-        ref_log_odds=None if stored is None else stored.take(batch.positions).to(policy.device),
-        segment=moved.segment,
-        label=moved.label,
-        length=moved.length,
-        pair=moved.pair,
-    )
-    return tokens, result.entropy
+def _batches(run: Run, split: str, positions: Iterable[int]) -> Iterator[tuple[MicroBatch, Tensor | None]]:
+    """This rank's micro-batches on the device, each with its reference log-odds [N]."""
+    for batch in run.splits[split].micro_batches(positions):
+        moved = batch.to(run.policy.device)
+        yield moved, run.reference.log_odds(split, moved) if run.reference else None
 
 
-def gradient(loss: Loss, tokens: TokenLogps) -> Tensor:
-    """[N] d total / d logp: in closed form for a separable loss, else by autograd over the tokens alone."""
-    if loss.separable:
-        return loss.coefficients(tokens).detach()
-    leaf = tokens.logp.detach().requires_grad_()
-    total = loss.total(TokenLogps(**{**vars(tokens), "logp": leaf}))
-    return torch.autograd.grad(total, leaf)[0]
+def kl_stats(run: Run, split: str, positions: Sequence[int], data: StepData) -> Stats | None:
+    """KTO's reference point: the mean over the step's mismatched responses, of all ranks, not below 0."""
+    if not run.loss.needs_kl:
+        return None
+    total = run.world.sum(kl_sum(run.policy, _batches(run, f"{split}-kl", positions)))
+    return Stats(kl=max(0.0, float(total) / data.label.numel()))
 
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict[str, Any]:
     """The numbers of a line about the test split, all of its sides."""
-    positions = range(len(run.test_set))
-    sums = StepSums()
-    stored = run.reference.test if run.reference else None
-    for batch in micro_batches(run.test_set, positions, all_sides, run.config.micro_tokens):
-        tokens, entropy = forward(run, batch, stored, True)
-        sums.add(tokens, run.loss.value(tokens, entropy), None)
-    data = step_data(run.test_set, positions, all_sides)
-    return sums.line(run.loss, run.loss.denominator(data.label, data.length, data.pair))
+    split = run.splits["test"]
+    positions = range(len(split.records))
+    data = step_data(split.records, positions, split.keep)
+    sums, stats = StepSums(), kl_stats(run, "test", positions, data)
+    for batch, ref_log_odds in _batches(run, "test", positions):
+        done = forward(run.policy, batch, ref_log_odds, run.loss.needs_entropy)
+        sums.add(done.tokens, run.loss.value(done.tokens, done.entropy, stats), None)
+    return line(sums.over_ranks(run.world), run.loss, data, run.reference is not None)
+
+
+def check_drift(run: Run, drift: float) -> None:
+    """Step 0: the policy is its reference, so any mean of 1 - c, c = min(1, odds / reference odds), is an error."""
+    limit = DRIFT.get(run.policy.compute_dtype, DRIFT[torch.bfloat16])
+    run.world.say(f"reference drift at step 0: mean of 1 - c is {drift:.2g} (limit {limit:g})")
+    if not drift <= limit and not run.config.allow_drift:
+        raise BnfctlError(
+            f"the policy differs from its reference at step 0: the mean of 1 - c is {drift:.2g}, above {limit:g}",
+            where=", ".join(run.reference_refs) or "--reference live",
+            hint="remove that reference (bnfctl rm) and train again; --allow-drift trains on regardless",
+        )
 
 
 def _asked(config: TrainConfig) -> dict[str, Any]:
     """The fields of the run's key, as they come back from JSON (a tuple as a list)."""
     asked: dict[str, Any] = json.loads(options.canonical(options.key_fields(config)))
     return asked
-
-
-def _log_speed(work: Path, step: int, seconds: float, tokens: int) -> None:
-    line: dict[str, Any] = {"step": step, "seconds": round(seconds, 4), "trained_tokens_per_second": tokens / seconds}
-    if torch.cuda.is_available():
-        line["gpu_memory_peak_bytes"] = torch.cuda.max_memory_allocated()
-    with open(work / "log" / "speed.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def _device_name(device: torch.device) -> str:

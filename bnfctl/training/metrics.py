@@ -1,4 +1,4 @@
-"""What a step says about itself: per-response sums, added up over micro-batches, as one line of metrics.jsonl.
+"""What a step says about itself: sums over its tokens and responses, of all ranks, as one line of metrics.jsonl.
 
 Deterministic values only; times and rates are in log/speed.jsonl.
 """
@@ -14,63 +14,76 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from bnfctl.losses import Loss, TokenLogps
+from bnfctl.training.batches import StepData
+from bnfctl.training.world import World
 
 FILE = "metrics.jsonl"
+_LABELS = (("chosen", 1), ("rejected", -1))
 
 
 class StepSums:
-    """Sums over the responses of a step; everything is float64 on the CPU."""
+    """Sums over the micro-batches of a step, float64 on the CPU."""
 
     def __init__(self) -> None:
-        self.rows: list[Tensor] = []
-        """Per micro-batch [R, 6]: label, |y|, pair, value, log pi(y), log pi_ref(y)."""
-        self.margins: list[Tensor] = []
-        """Per micro-batch [P]: rho of chosen - rho of rejected, rho = log pi(y) - log pi_ref(y)."""
-        self.pull = 0.0
-        """Sum over tokens of |d total / d logp|."""
+        self._sums = {
+            name: torch.zeros((), dtype=torch.float64)
+            for name in ("value", "pull", "drift", "margin", "wins")
+            + tuple(f"{what}_{label}" for what in ("value", "logp", "shift") for label, _ in _LABELS)
+        }
 
     def add(self, tokens: TokenLogps, value: Tensor, coefficients: Tensor | None) -> None:
         """One micro-batch: value [R] of `Loss.value`, coefficients [N] of the gradient (None: not trained on)."""
         with torch.no_grad():
-            policy = tokens.sum_by_response(tokens.logp.double())
-            base = torch.full_like(policy, torch.nan)
+            logp = tokens.sum_by_response(tokens.logp.double())
+            columns = {"value": value.double(), "logp": logp}
             if tokens.ref_log_odds is not None:
-                base = tokens.sum_by_response(logsigmoid(tokens.ref_log_odds).double())
+                shift = columns["shift"] = logp - tokens.sum_by_response(logsigmoid(tokens.ref_log_odds).double())
                 chosen, rejected = tokens.pairs()
-                rho = policy - base
-                self.margins.append((rho[chosen] - rho[rejected]).cpu())
-            columns = (tokens.label, tokens.length, tokens.pair, value.detach(), policy, base)
-            self.rows.append(torch.stack([column.double() for column in columns], dim=1).cpu())
+                margins = shift[chosen] - shift[rejected]
+                self._plus("margin", margins)
+                self._plus("wins", margins > 0)
+                self._plus("drift", -torch.expm1((tokens.log_odds - tokens.ref_log_odds).double().clamp(max=0)))
+            self._plus("value", value)
+            for what, column in columns.items():
+                for label, sign in _LABELS:
+                    self._plus(f"{what}_{label}", column[tokens.label * sign > 0])
             if coefficients is not None:
-                self.pull += float(coefficients.double().abs().sum())
+                self._plus("pull", coefficients.abs())
 
-    def line(self, loss: Loss, denominator: float) -> dict[str, Any]:
-        """The numbers of a line; null where there is nothing to say (no rejected response, no reference).
+    def _plus(self, name: str, values: Tensor) -> None:
+        self._sums[name] += values.double().sum().cpu()
 
-        objective: the loss's value over the step, per denominator; for chosen and rejected each over its own
-            denominator (a contrastive loss has no such split).
-        logp_*: mean over tokens, nats; shift_*: that minus the reference's.
-        margin: mean over pairs of rho_w - rho_l, without beta; accuracy: share of pairs where it is above 0.
-        """
-        rows = torch.cat(self.rows)
-        label, value, policy, base = rows[:, 0], rows[:, 3], rows[:, 4], rows[:, 5]
-        out: dict[str, Any] = {"objective": _ratio(value.sum(), denominator)}
-        for name, sign in (("chosen", 1), ("rejected", -1)):
-            side = label * sign > 0
-            count = rows[side, 1].sum()
-            own = loss.denominator(label[side], rows[side, 1], rows[side, 2]) if loss.separable else 0.0
-            out[f"objective_{name}"] = _ratio(value[side].sum(), own)
-            out[f"logp_{name}"] = _ratio(policy[side].sum(), count)
-            out[f"shift_{name}"] = _ratio((policy - base)[side].sum(), count)
-        margins = torch.cat(self.margins) if self.margins else rows.new_zeros(0)
-        out["margin"] = _ratio(margins.sum(), margins.numel())
-        out["accuracy"] = _ratio((margins > 0).sum(), margins.numel())
-        return out
+    def over_ranks(self, world: World) -> dict[str, float]:
+        """Every sum, of all ranks together."""
+        packed = torch.stack(list(self._sums.values())).to(world.device)
+        return dict(zip(self._sums, world.sum(packed).tolist(), strict=True))
 
 
-def _ratio(total: Tensor, count: Tensor | float) -> float | None:
-    value = float(total) / float(count) if float(count) else None
-    return None if value is None or value != value else value
+def line(sums: dict[str, float], loss: Loss, data: StepData, has_reference: bool) -> dict[str, Any]:
+    """The numbers of a line; null where there is nothing to say (no rejected response, no reference).
+
+    objective: the loss's value over the step, per denominator; for chosen and rejected each over its own
+        denominator (a contrastive loss has no such split).
+    logp_*: mean over tokens, nats; shift_*: that minus the reference's.
+    margin: mean over pairs of rho_w - rho_l, without beta; accuracy: share of pairs where it is above 0.
+    """
+    denominator = loss.denominator(data.label, data.length, data.pair)
+    out: dict[str, Any] = {"objective": _ratio(sums["value"], denominator)}
+    for name, sign in _LABELS:
+        side = data.label * sign > 0
+        tokens = float(data.length[side].sum())
+        own = 0.0 if loss.needs_pairs else loss.denominator(data.label[side], data.length[side], data.pair[side])
+        out[f"objective_{name}"] = _ratio(sums[f"value_{name}"], own)
+        out[f"logp_{name}"] = _ratio(sums[f"logp_{name}"], tokens)
+        out[f"shift_{name}"] = _ratio(sums[f"shift_{name}"], tokens) if has_reference else None
+    pairs = float(((data.label > 0) & (data.pair >= 0)).sum()) if has_reference else 0.0
+    out["margin"] = _ratio(sums["margin"], pairs)
+    out["accuracy"] = _ratio(sums["wins"], pairs)
+    return out
+
+
+def _ratio(total: float, count: float) -> float | None:
+    return total / count if count else None
 
 
 class MetricsFile:

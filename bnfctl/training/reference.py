@@ -1,115 +1,235 @@
-"""The reference: one log-odds per trained token, computed once from the policy as it starts.
+"""The reference: one log-odds per trained token, from the policy as it starts.
 
-It goes through the code and the micro-batches of the first epoch, so that at step 0 the policy's log-odds are
-the reference's to the last bit: any error there would push BNF's coefficient below 1.
+*cached*: made in one pass without gradients through the policy's own code path, and kept as artifacts that every later
+run shares: rows are found by the hash of (prompt ids, response ids) among the artifacts of the same model and code
+path, so other losses, seeds, masks and splits of the same responses make no pass.  *live*: a second model in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bnfctl import console, durable
-from bnfctl.data.records import Record
-from bnfctl.model.loading import Policy
-from bnfctl.training.batches import Kept, MicroBatch, Plan, all_sides, micro_batches
+from bnfctl import console, shards
+from bnfctl.artifact import Artifact, Pinned, Plan, Store
+from bnfctl.config import ReferenceConfig
+from bnfctl.data.records import Record, Side
+from bnfctl.model.policy import Policy
+from bnfctl.training.batches import Layout, MicroBatch, Work, all_sides
+from bnfctl.training.objective import forward
+from bnfctl.training.world import World
 
-FILE = "scratch/reference.safetensors"
-"""In the work folder, beside the checkpoints."""
+STAGE, VERSION = "reference", 1
+SCHEMA = pa.schema([("response", pa.binary(16)), ("log_odds", pa.list_(pa.float32()))])
+UNITS_PER_PART = 16
+"""Micro-batches between two saves of an unfinished pass."""
 
-
-class LogOdds:
-    """Reference log-odds of one split, found by record position."""
-
-    def __init__(self, records: Sequence[Record], keep: Kept) -> None:
-        self.starts: list[int] = []
-        total = 0
-        for record in records:
-            self.starts.append(total)
-            total += sum(len(side.ids) for side in record.sides if keep(side))
-        self.values = torch.empty(total, dtype=torch.float32)
-        """[all trained tokens of the split], nats, in data order."""
-        self._ends = [*self.starts[1:], total]
-
-    def take(self, positions: Sequence[int]) -> Tensor:
-        """[N] the log-odds of a micro-batch's records, in its order of tokens."""
-        return torch.cat([self.values[self.starts[p] : self._ends[p]] for p in positions])
-
-    def put(self, positions: Sequence[int], values: Tensor) -> None:
-        start = 0
-        for p in positions:
-            size = self._ends[p] - self.starts[p]
-            self.values[self.starts[p] : self._ends[p]] = values[start : start + size]
-            start += size
+Splits = Mapping[str, Work]
+"""Name -> records, and which of their sides take part."""
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Of both splits; the test split takes part with all its sides."""
+class Reference(Protocol):
+    """Where a run gets reference log-odds from."""
 
-    train: LogOdds
-    test: LogOdds
-
-
-@torch.no_grad()
-def token_log_odds(policy: Policy, batch: MicroBatch) -> Tensor:
-    """[N] float32 log-odds of a micro-batch's trained tokens under the policy, on the CPU."""
-    moved = batch.to(policy.device)
-    hidden = policy.hidden(moved.input_ids, moved.attention_mask)
-    return policy.head(hidden.flatten(0, 1).index_select(0, moved.predictor), moved.target).log_odds.cpu()
+    def log_odds(self, split: str, batch: MicroBatch) -> Tensor:
+        """[N] float32 of a micro-batch's trained tokens, on the policy's device; `batch` is there too."""
 
 
-def prepare(policy: Policy, plan: Plan, keep: Kept, test_set: Sequence[Record], work: Path) -> Reference:
-    """The stored reference of this run, or a new one from the policy, which must be as it was loaded."""
-    reference = Reference(LogOdds(plan.records, keep), LogOdds(test_set, all_sides))
-    path = work / FILE
-    mark = _fingerprint(plan.records, test_set, keep)
-    if path.exists() and _load(path, mark, reference):
-        return reference
-    compute(policy, plan, keep, test_set, reference)
-    tensors = {"train": reference.train.values, "test": reference.test.values}
-    durable.write_file(path, lambda temporary: save_file(tensors, temporary, metadata={"records": mark}))
-    return reference
+@dataclass(frozen=True, eq=False)
+class Live:
+    """A second model in memory, or the same one with its adapter off: the paper's set-up."""
+
+    policy: Policy
+    without_adapter: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def log_odds(self, split: str, batch: MicroBatch) -> Tensor:
+        with self.without_adapter():
+            return forward(self.policy, batch, None, entropy=False).tokens.log_odds
 
 
-def compute(policy: Policy, plan: Plan, keep: Kept, test_set: Sequence[Record], reference: Reference) -> None:
-    """One pass without gradients over both splits."""
-    budget = plan.config.micro_tokens
-    with console.Progress(len(plan.records) + len(test_set), "reference records") as progress:
-        for positions in plan.epoch(0):
-            for batch in micro_batches(plan.records, positions, keep, budget):
-                reference.train.put(batch.positions, token_log_odds(policy, batch))
-                progress.advance(len(batch.positions))
-                console.check_stop()
-        for batch in micro_batches(test_set, range(len(test_set)), all_sides, budget):
-            reference.test.put(batch.positions, token_log_odds(policy, batch))
-            progress.advance(len(batch.positions))
-            console.check_stop()
+class Cached:
+    """Stored log-odds of all splits, in the order of their records."""
+
+    def __init__(self, splits: Splits, rows: Mapping[bytes, np.ndarray], device: torch.device) -> None:
+        """rows: response hash -> its log-odds [|y|]."""
+        self.device = device
+        self.values: dict[str, list[Tensor]] = {}
+        for name, work in splits.items():
+            self.values[name] = [
+                torch.from_numpy(np.concatenate([rows[response_hash(record, side)] for side in _kept(record, work)]))
+                if _kept(record, work) else torch.zeros(0)
+                for record in work.records
+            ]  # fmt: skip
+
+    def log_odds(self, split: str, batch: MicroBatch) -> Tensor:
+        parts = [self.values[split][position] for position in batch.positions]
+        return torch.cat([torch.zeros(0), *parts]).to(self.device)
 
 
-def _load(path: Path, mark: str, reference: Reference) -> bool:
-    """Fill the reference from the file; False where the file is of other data."""
-    with safe_open(path, framework="pt") as file:
-        if (file.metadata() or {}).get("records") != mark:
-            return False
-        reference.train.values.copy_(file.get_tensor("train"))
-        reference.test.values.copy_(file.get_tensor("test"))
-    return True
+def _kept(record: Record, work: Work) -> list[Side]:
+    return [side for side in record.sides if work.keep(side)]
 
 
-def _fingerprint(train: Sequence[Record], test: Sequence[Record], keep: Kept) -> str:
-    """SHA-256 of the token ids that the log-odds belong to, in order."""
-    digest = hashlib.sha256()
-    for records, kept in ((train, keep), (test, all_sides)):
-        for record in records:
-            sides = [(side.label, side.ids) for side in record.sides if kept(side)]
-            digest.update(repr((record.id, record.prompt_ids, sides)).encode())
-        digest.update(b"\0")
-    return digest.hexdigest()
+def response_hash(record: Record, side: Side) -> bytes:
+    """128 bits of SHA-256 over the prompt's and the response's token ids."""
+    digest = hashlib.sha256(np.asarray(record.prompt_ids, np.int32).tobytes())
+    digest.update(b"|" + np.asarray(side.ids, np.int32).tobytes())
+    return digest.digest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class Maker:
+    """What a reference pass needs beside the policy."""
+
+    store: Store
+    model: Pinned
+    config: ReferenceConfig
+    """The code path: rows of another one are not taken."""
+    layout: Layout
+    budget: int
+    world: World
+
+    def cached(self, policy: Policy, splits: Splits) -> tuple[Cached, list[str]]:
+        """All rows of the splits, made where the store lacks them; and the artifacts they came from.
+
+        Collective; the policy must be as it was loaded.
+        """
+        wanted = {
+            response_hash(record, side): (record, side)
+            for work in splits.values() for record in work.records for side in _kept(record, work)
+        }  # fmt: skip
+        found: dict[bytes, np.ndarray] = {}
+        sources = self._find(wanted, found) if self.world.main else []
+        missing = [hash_.hex() for hash_ in wanted if hash_ not in found] if self.world.main else []
+        missing = self.world.broadcast_json(missing)
+        if missing:
+            made = self._make(policy, [wanted[bytes.fromhex(hash_)] for hash_ in missing])
+            sources.append(made)
+        elif self.world.main:
+            console.say(f"reference: all {len(wanted)} responses are in {', '.join(sources)}: no pass")
+        sources = self.world.broadcast_json(sources)
+        found = {}
+        for ref in sources:
+            _read(Artifact(self.store.path(*ref.split("/"))), wanted, found)
+        return Cached(splits, found, policy.device), sources
+
+    def _find(self, wanted: Mapping[bytes, object], found: dict[bytes, np.ndarray]) -> list[str]:
+        """The artifacts of this model and code path that have wanted rows."""
+        sources = []
+        for artifact in self.store.artifacts(STAGE):
+            manifest = artifact.manifest
+            same = manifest.stage_version == VERSION and manifest.config == asdict(self.config)
+            if same and manifest.inputs["model"]["digest"] == self.model.digest:
+                before = len(found)
+                _read(artifact, wanted, found)
+                if len(found) > before:
+                    sources.append(artifact.ref)
+        return sources
+
+    def _make(self, policy: Policy, missing: Sequence[tuple[Record, Side]]) -> str:
+        """One pass over the missing responses; publishes them as an artifact."""
+        records = _grouped(missing)
+        hashes = sorted(response_hash(record, side) for record in records for side in record.sides)
+        versions = {"responses": hashlib.sha256(b"".join(hashes)).hexdigest()}
+        plan = Plan(STAGE, VERSION, self.config, {"model": self.model}, versions=versions)
+        with self.store.draft(plan, wait=True) if self.world.main else nullcontext() as draft:
+            again = self.store.get(STAGE, plan.key) if self.world.main else None
+            if self.world.broadcast_json(again is not None):
+                return f"{STAGE}/{plan.key[:12]}"  # another run made it while this one waited
+            folder = self.store.draft_path(STAGE, plan.key)
+            if draft is not None:
+                console.say(f"reference: one pass over {len(hashes)} responses")
+                draft.open()
+            self.world.barrier()
+            self._pass(policy, records, folder / "scratch" / "parts")
+            self.world.barrier()
+            if draft is not None:
+                tokens = _publish_rows(folder)
+                draft.publish({"responses": len(hashes), "tokens": tokens, **asdict(self.config)})
+            self.world.barrier()
+        return f"{STAGE}/{plan.key[:12]}"
+
+    def _pass(self, policy: Policy, records: Sequence[Record], parts: Path) -> None:
+        """Units of micro-batches, planned whatever the number of ranks, so that what a crash left fits in."""
+        work = Work(records, all_sides, self.layout, self.budget)
+        batches = work.groups(work.longest_first(range(len(records))))
+        parts.mkdir(parents=True, exist_ok=True)
+        units = [batches[start : start + UNITS_PER_PART] for start in range(0, len(batches), UNITS_PER_PART)]
+        todo = [u for u in range(len(units)) if not (parts / f"{u:07d}.parquet").exists()]
+        todo = self.world.broadcast_json(todo)
+        with console.Progress(len(todo), "parts of the reference", quiet=not self.world.main) as progress:
+            for start in range(0, len(todo), self.world.size):
+                mine = todo[start + self.world.rank :][:1] if start + self.world.rank < len(todo) else []
+                longest = max(len(units[u]) for u in todo[start : start + self.world.size])
+                self._unit(policy, work, units[mine[0]] if mine else [], longest, parts, mine)
+                progress.advance(min(self.world.size, len(todo) - start))
+                self.world.check_stop()
+
+    def _unit(
+        self, policy: Policy, work: Work, groups: list[list[int]], count: int, parts: Path, name: list[int]
+    ) -> None:  # fmt: skip
+        """`count` forwards (a sharded model needs the same number on every rank), and this rank's rows on the disk."""
+        rows: dict[bytes, np.ndarray] = {}
+        for index in range(count):
+            batch = work.collate(groups[index] if index < len(groups) else []).to(policy.device)
+            values = forward(policy, batch, None, entropy=False).tokens.log_odds.cpu().numpy()
+            start = 0
+            for position in batch.positions:
+                record = work.records[position]
+                for side in record.sides:
+                    rows[response_hash(record, side)] = values[start : start + len(side.ids)]
+                    start += len(side.ids)
+        if name:
+            table = pa.table({"response": list(rows), "log_odds": list(rows.values())}, schema=SCHEMA)
+            shards.write_table(parts / f"{name[0]:07d}.parquet", table)
+
+
+def _grouped(missing: Sequence[tuple[Record, Side]]) -> list[Record]:
+    """The missing responses as records again, those of one record together (they share their prompt)."""
+    sides: dict[int, tuple[Record, list[Side]]] = {}
+    for record, side in missing:
+        sides.setdefault(id(record), (record, []))[1].append(side)
+    return [Record(record.id, record.prompt_ids, tuple(kept)) for record, kept in sides.values()]
+
+
+def _tables(files: Sequence[Path]) -> Iterator[tuple[list[bytes], np.ndarray, np.ndarray]]:
+    """(hashes, offsets, values) of Parquet files: row i is values[offsets[i] : offsets[i + 1]]."""
+    for file in files:
+        table = pq.read_table(file, page_checksum_verification=True)
+        for batch in table.to_batches():
+            column = batch.column("log_odds")
+            yield (
+                batch.column("response").to_pylist(),
+                column.offsets.to_numpy(),
+                column.values.to_numpy(zero_copy_only=False),
+            )
+
+
+def _read(artifact: Artifact, wanted: Mapping[bytes, object], found: dict[bytes, np.ndarray]) -> None:
+    """Add an artifact's wanted rows to `found`."""
+    for hashes, offsets, values in _tables(list(artifact.shards())):
+        for row, hash_ in enumerate(hashes):
+            if hash_ in wanted:
+                found[hash_] = values[offsets[row] : offsets[row + 1]].copy()
+
+
+def _publish_rows(folder: Path) -> int:
+    """Parts -> shards in the order of the hashes; returns the number of tokens."""
+    rows: dict[bytes, np.ndarray] = {}
+    for hashes, offsets, values in _tables(sorted((folder / "scratch" / "parts").glob("*.parquet"))):
+        for row, hash_ in enumerate(hashes):
+            rows[hash_] = values[offsets[row] : offsets[row + 1]]
+    ordered = sorted(rows)
+    table = pa.table({"response": ordered, "log_odds": [rows[hash_] for hash_ in ordered]}, schema=SCHEMA)
+    shards.write_table_shards(folder / "rows", table)
+    return sum(len(values) for values in rows.values())

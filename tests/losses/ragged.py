@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnfctl.losses import Loss, TokenLogps
+from bnfctl.losses import Loss, Stats, TokenLogps
 from bnfctl.model.head import Head
 from tests import reference
+
+STATS = Stats(kl=0.3)
+"""Of the whole step, whatever part of it is looked at."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +89,7 @@ def gradients(loss: Loss, batch: Ragged, denominator: float | None = None) -> tu
     packed, _ = tokens(leaves)
     if denominator is None:
         denominator = loss.denominator(packed.label, packed.length, packed.pair)
-    (loss.total(packed) / denominator).backward()
+    (loss.total(packed, STATS) / denominator).backward()
     assert leaves.hidden.grad is not None and leaves.matrix.grad is not None
     return leaves.hidden.grad, leaves.matrix.grad
 
@@ -95,24 +97,15 @@ def gradients(loss: Loss, batch: Ragged, denominator: float | None = None) -> tu
 def objective(loss: Loss, batch: Ragged) -> Tensor:
     """The reported objective of the batch."""
     packed, entropy = tokens(batch)
-    return loss.value(packed, entropy).sum() / loss.denominator(packed.label, packed.length, packed.pair)
+    return loss.value(packed, entropy, STATS).sum() / loss.denominator(packed.label, packed.length, packed.pair)
 
 
 def twin(loss: Loss, batch: Ragged) -> Tensor:
     """The exact objective of the batch, float64, differentiable."""
-    name, exact = type(loss).__name__, batch
-    if batch.hidden.dtype != torch.float64:
-        exact = batch.to(torch.float64)
-    ours: dict[str, Any] = {"target": exact.target, "mask": exact.mask, "label": exact.label}
-    logits = exact.logits()
-    if name == "BNF":
-        return reference.bnf(logits, exact.ref_logits, **ours)
-    if name == "SFT":
-        return reference.sft(logits, **ours)
-    if name == "NLLPLL":
-        return reference.nll_pll(logits, **ours)
-    assert name == "DPO", f"write a twin for {name}"
-    return reference.dpo(logits, exact.ref_logits, **ours, beta=0.1)
+    exact = batch if batch.hidden.dtype == torch.float64 else batch.to(torch.float64)
+    return reference.objective(
+        loss, exact.logits(), exact.ref_logits, STATS.kl, target=exact.target, mask=exact.mask, label=exact.label
+    )
 
 
 def relative(found: Tensor, exact: Tensor) -> float:

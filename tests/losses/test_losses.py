@@ -14,14 +14,23 @@ from bnfctl import tables
 from bnfctl.losses import Loss, TokenLogps, make
 from bnfctl.model.head import Head
 from tests import reference
-from tests.losses.ragged import Ragged, gradients, objective, ragged, relative, tokens, twin
+from tests.losses.ragged import STATS, Ragged, gradients, objective, ragged, relative, tokens, twin
 
 EXTREMES = [-200.0, -50.0, -20.0, -5.0, 5.0, 20.0, 50.0, 200.0]
 
 
-@pytest.fixture(params=sorted(tables.LOSSES))
+VARIANTS = [
+    *tables.LOSSES, "sft normalize=response", "nll-pll normalize=none", "slic-hf delta=30 lambda=0", "dpo beta=1",
+    "ipo normalize=none tau=0.5", "kto beta=0.3 desirable_weight=1.5 undesirable_weight=0.5", "orpo lambda=2",
+    "r-dpo alpha=0.3", "simpo beta=10 gamma=3",
+]  # fmt: skip
+"""Every loss with its defaults, and with other hyper-parameters."""
+
+
+@pytest.fixture(params=VARIANTS)
 def loss(request: pytest.FixtureRequest) -> Loss:
-    return make(request.param)
+    name, *args = request.param.split()
+    return make(name, tuple(args))
 
 
 def twin_gradients(loss: Loss, batch: Ragged) -> tuple[Tensor, Tensor]:
@@ -54,7 +63,8 @@ def test_equals_its_twin_in_bfloat16(loss: Loss) -> None:
     """The factors are bfloat16 and everything after the product is float32: only the hidden gradient is rounded."""
     batch = ragged(seed=1)
     batch = dataclasses.replace(batch, hidden=batch.hidden.bfloat16(), matrix=batch.matrix.bfloat16().float())
-    assert abs(float(objective(loss, batch)) - float(twin(loss, batch))) < 1e-5 * 10
+    exact = float(twin(loss, batch).detach())
+    assert abs(float(objective(loss, batch)) - exact) < 1e-5 * max(10, abs(exact))
     slope_hidden, slope_matrix = twin_gradients(loss, batch)
     hidden, matrix = gradients(loss, batch)
     assert hidden.dtype == torch.bfloat16 and relative(hidden, slope_hidden) < 4e-3
@@ -81,13 +91,19 @@ def test_splitting_and_permuting_records_change_nothing(seed: int, order: list[i
         assert relative(matrix, whole_matrix) < 1e-5, name
 
 
-def test_a_pair_is_found_wherever_its_sides_are() -> None:
-    """DPO on rejected-first rows with gaps in the pair numbers."""
-    loss, batch = make("dpo"), ragged(pairs=3, seed=5)
+@pytest.mark.parametrize("name", [name for name in tables.LOSSES if make(name).needs_pairs])
+def test_a_pair_is_found_wherever_its_sides_are(name: str) -> None:
+    """Rejected-first rows with gaps in the pair numbers."""
+    loss, batch = make(name), ragged(pairs=3, seed=5)
+    exact = twin(loss, batch).float()
     shuffled = batch.rows([5, 0, 3, 4, 1, 2])
-    packed, _ = tokens(shuffled)
+    packed, entropy = tokens(shuffled)
     moved = dataclasses.replace(packed, pair=torch.tensor([9, 4, 7, 9, 4, 7]))
-    torch.testing.assert_close(loss.total(moved) / 3, twin(loss, batch).float())
+    torch.testing.assert_close(
+        loss.total(moved, STATS) / loss.denominator(moved.label, moved.length, moved.pair), exact
+    )
+    value = loss.value(moved, entropy, STATS)
+    torch.testing.assert_close(value.sum() / loss.denominator(moved.label, moved.length, moved.pair), exact)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
@@ -105,8 +121,8 @@ def test_everything_is_finite_at_the_extremes(loss: Loss, kind: torch.dtype) -> 
         logp=result.logp, log_odds=result.log_odds, ref_log_odds=torch.tensor([r for _, r in grid]), segment=rows,
         label=torch.tensor([1.0, -1.0]).repeat(len(grid) // 2), length=torch.ones(len(grid)), pair=rows // 2,
     )  # fmt: skip
-    assert loss.value(packed, result.entropy).isfinite().all()
-    total = loss.total(packed)
+    assert loss.value(packed, result.entropy, STATS).isfinite().all()
+    total = loss.total(packed, STATS)
     total.backward()
     assert total.isfinite()
     assert hidden.grad is not None and hidden.grad.isfinite().all() and hidden.grad.abs().max() > 0
@@ -119,18 +135,41 @@ def test_an_empty_micro_batch_allows_backward(loss: Loss) -> None:
     none = torch.zeros(0, dtype=torch.int64)
     result = Head(matrix)(hidden, none, entropy=True)
     packed = TokenLogps(result.logp, result.log_odds, result.log_odds, none, torch.zeros(0), torch.zeros(0), none)
-    total = loss.total(packed)
+    total = loss.total(packed, STATS)
     total.backward()
-    assert float(total.detach()) == 0 and loss.value(packed, result.entropy).shape == (0,)
+    assert float(total.detach()) == 0 and loss.value(packed, result.entropy, STATS).shape == (0,)
     assert matrix.grad is not None and not matrix.grad.any()
     assert loss.denominator(torch.zeros(0), torch.zeros(0), none) == 0
+
+
+@pytest.mark.parametrize("name", [name for name in tables.LOSSES if make(name).needs_pairs])
+def test_responses_without_a_partner_count_for_nothing(name: str) -> None:
+    leaves, loss = ragged(seed=11).leaves(), make(name)
+    packed, entropy = tokens(leaves)
+    alone = dataclasses.replace(packed, pair=torch.full_like(packed.pair, -1))
+    loss.total(alone).backward()
+    assert leaves.hidden.grad is not None and not leaves.hidden.grad.any()
+    assert not loss.value(alone, entropy).any() and loss.denominator(alone.label, alone.length, alone.pair) == 0
+
+
+def test_values_per_label_add_up_for_a_loss_without_pairs() -> None:
+    """What `objective_chosen` and `objective_rejected` are made of."""
+    for loss in (make(name) for name in tables.LOSSES):
+        batch = ragged(seed=12)
+        packed, entropy = tokens(batch)
+        whole = loss.value(packed, entropy, STATS)
+        assert whole.shape == packed.label.shape and not whole.requires_grad
+        if not loss.needs_pairs:
+            for side in (packed.label > 0, packed.label < 0):
+                alone, entropy = tokens(batch.rows(side.nonzero().squeeze(-1).tolist()))
+                torch.testing.assert_close(loss.value(alone, entropy, STATS), whole[side])
 
 
 def test_closed_form_coefficients_are_the_derivative_of_the_total(loss: Loss) -> None:
     packed, _ = tokens(ragged(seed=6))
     leaf = packed.logp.detach().requires_grad_()
     at_leaf = dataclasses.replace(packed, logp=leaf)
-    (slope,) = torch.autograd.grad(loss.total(at_leaf), leaf)
+    (slope,) = torch.autograd.grad(loss.total(at_leaf, STATS), leaf)
     if loss.separable:
         torch.testing.assert_close(loss.coefficients(at_leaf), slope)
     else:
@@ -164,14 +203,3 @@ def test_bnf_at_the_reference_is_nll_pll() -> None:
     packed, _ = tokens(batch)
     at_start = dataclasses.replace(packed, ref_log_odds=packed.log_odds)
     assert torch.equal(make("bnf").coefficients(at_start), make("nll-pll").coefficients(at_start))
-
-
-def test_normalize_of_the_likelihood_losses() -> None:
-    batch = ragged(seed=10)
-    packed, _ = tokens(batch)
-    sums, chosen = packed.sum_by_response(packed.logp.detach()), packed.label > 0
-    per_response = make("sft", ("normalize=response",))
-    expected = -(sums / packed.length)[chosen].mean()
-    torch.testing.assert_close(objective(per_response, batch), expected)
-    literal = make("nll-pll", ("normalize=none",))
-    torch.testing.assert_close(objective(literal, batch), (-packed.label * sums).mean())

@@ -13,11 +13,13 @@ from bnfctl import tables
 from bnfctl.errors import UsageError
 from bnfctl.losses import make
 from bnfctl.losses.dpo import DPO
+from bnfctl.losses.margin import SLiCHF
 
 
 def test_defaults_and_values() -> None:
     assert make("dpo") == DPO(beta=0.1)
     assert make("dpo", ("beta=5e-2",)) == DPO(beta=0.05)
+    assert make("slic-hf", ("lambda=10", "delta=0")) == SLiCHF(delta=0, lambda_=10)
 
 
 @pytest.mark.parametrize("name", sorted(tables.LOSSES))
@@ -41,6 +43,18 @@ def test_every_loss_is_a_frozen_dataclass(name: str) -> None:
         ("dpo", ("beta=1", "beta=2"), "twice"),
         ("sft", ("normalize=tokens",), "token or response"),
         ("nll-pll", ("normalize=token",), "response or none"),
+        ("ipo", ("normalize=response",), "token or none"),
+        ("ipo", ("tau=0",), "tau is a finite number above 0, not 0.0"),
+        ("orpo", ("lambda=-1",), "lambda is a finite number above 0, not -1.0"),
+        ("orpo", ("lambda_=1",), "did you mean 'lambda'"),
+        ("slic-hf", ("lambda=-0.1",), "lambda is a finite number of at least 0"),
+        ("slic-hf", ("delta=inf",), "delta is a finite number of at least 0, not inf"),
+        ("simpo", ("beta=0",), "beta is a finite number above 0"),
+        ("simpo", ("gamma=nan",), "gamma is a finite number of at least 0, not nan"),
+        ("r-dpo", ("alpha=-1",), "alpha is a finite number of at least 0"),
+        ("r-dpo", ("beta=inf",), "beta is a finite number above 0, not inf"),
+        ("kto", ("desirable_weight=0",), "desirable_weight is a finite number above 0"),
+        ("kto", ("undesirable_weight=nan",), "undesirable_weight is a finite number above 0, not nan"),
     ],
 )
 def test_bad_hyper_parameters(name: str, args: tuple[str, ...], says: str) -> None:

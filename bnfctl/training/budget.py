@@ -1,0 +1,107 @@
+"""How many tokens a micro-batch may have: tried before step 0, and halved by whatever runs out of memory later."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bnfctl import durable
+from bnfctl.errors import BnfctlError
+from bnfctl.losses import Stats
+from bnfctl.training.batches import MicroBatch
+from bnfctl.training.objective import backward, forward
+from bnfctl.training.setup import Run
+
+FILE = "scratch/budget.json"
+"""In the work folder: what a run that ran out of memory leaves to the one that resumes it."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """A GPU's allocator has a type for it, the CPU's only a text."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def stored(work: Path) -> int | None:
+    """The budget that an earlier process of this run found to be small enough."""
+    try:
+        return int(json.loads((work / FILE).read_text(encoding="utf-8"))["micro_tokens"])
+    except FileNotFoundError:
+        return None
+
+
+def set_budget(run: Run, budget: int) -> None:
+    """Every split in micro-batches of at most so many tokens."""
+    for name, split in run.splits.items():
+        run.splits[name] = dataclasses.replace(split, budget=budget)
+
+
+@contextmanager
+def halved_when_full(run: Run, work: Path, where: str) -> Iterator[None]:
+    """An out-of-memory becomes BnfctlError (exit 1), and the same command then resumes with half the budget."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        half = run.splits["train"].budget // 2
+        durable.write_json(work / FILE, {"micro_tokens": half})
+        raise BnfctlError(
+            f"out of memory {where} on rank {run.world.rank}: {str(error).splitlines()[0]}",
+            hint=f"the same command resumes, with {half} tokens per micro-batch instead of {2 * half}",
+        ) from error
+
+
+def probe(run: Run) -> int:
+    """Try the largest micro-batch, forward and backward; the budget that fits on all ranks.  Collective.
+
+    It halves down to the longest record alone.  AdamW's moments, which the first step makes, are reserved meanwhile.
+    Leaves no gradients behind.  Raises BnfctlError where not even one record fits.
+    """
+    budget = run.splits["train"].budget
+    while True:
+        fits = _fits(run, run.splits["train"].largest())
+        (full,) = run.world.any(not fits)
+        if not full:
+            return budget
+        smallest = len(run.splits["train"].largest().positions) == 1
+        if smallest:
+            raise BnfctlError(
+                "the longest record does not fit into memory",
+                hint="--activation-checkpointing on, a lower --max-length, --lora 16, or more --devices",
+            )
+        budget //= 2
+        set_budget(run, budget)
+        run.world.say(f"out of memory: trying {budget} tokens per micro-batch")
+
+
+def _fits(run: Run, batch: MicroBatch) -> bool:
+    device = run.policy.device
+    trained = sum(_local(p).numel() for p in run.policy.parameters() if p.requires_grad)
+    try:
+        moments = torch.empty(2 * trained, dtype=torch.float32, device=device)
+        moved = batch.to(device)
+        like = torch.zeros_like(moved.sequences.target, dtype=torch.float32)
+        if run.reference is not None:
+            like = forward(run.policy, moved, None, entropy=False).tokens.log_odds
+        backward(run.policy, run.loss, moved, like, Stats(kl=0.0), 1.0, run.loss.needs_entropy)
+        del moments
+        return True
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        run.optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

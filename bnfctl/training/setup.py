@@ -1,0 +1,180 @@
+"""The parts of a training run, as they are before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bnfctl.artifact import Pinned, Store
+from bnfctl.config import ReferenceConfig, TrainConfig
+from bnfctl.data.records import Record, Side
+from bnfctl.losses import Loss
+from bnfctl.model.adapters import Lora, add_adapters, without_adapters
+from bnfctl.model.loading import choose_packing, load_model, padded_attention
+from bnfctl.model.policy import Policy, check_parts, set_attention
+from bnfctl.model.pretrained import torch_dtype
+from bnfctl.model.sharding import empty_policy_model, layers, load_rows, shard
+from bnfctl.training import reference
+from bnfctl.training.batches import Kept, Layout, Plan, Work, all_sides
+from bnfctl.training.objective import partners
+from bnfctl.training.world import World
+
+MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Tokens of a micro-batch where `--micro-tokens` says nothing: on a CPU, more no longer fits its caches."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model that training starts from, and where its reference rows are kept."""
+
+    folder: Path
+    pinned: Pinned
+    store: Store
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """The parts of one training run."""
+
+    config: TrainConfig
+    loss: Loss
+    plan: Plan
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    splits: dict[str, Work]
+    """train, test (all sides; empty where no report is wanted), and for KTO train-kl, test-kl."""
+    reference: reference.Reference | None
+    reference_refs: list[str]
+    """The artifacts with its cached rows."""
+    world: World
+    sharded: bool
+
+
+def prepare(
+    config: TrainConfig, loss: Loss, plan: Plan, test_set: Sequence[Record], source: Source, world: World,
+    budget: int | None = None,
+) -> Run:  # fmt: skip
+    """Model, optimizer and reference.  budget: tokens of a micro-batch; None: as configured.  Collective."""
+    sharded = config.parallel == "fsdp" and world.size > 1
+    policy = load(config, source.folder, world, sharded)
+    packed = choose_packing(policy, config.layout, config.attention, str(source.folder))
+    rows = packed and policy.attends_rows
+    layout = Layout(packed, rows, rows and config.share_prompt)
+    budget = budget or config.micro_tokens or MICRO_TOKENS[policy.device.type]
+    splits = make_splits(loss, plan, test_set if config.eval_every else [], layout, budget, world)
+    stored: reference.Reference | None = None
+    refs: list[str] = []
+    # A report on the test split has margins, which need the reference whatever the loss.
+    if loss.needs_reference or splits["test"].records:
+        if config.reference == "live":
+            stored = live_reference(config, policy, source.folder, world, sharded)
+        else:
+            kind = ReferenceConfig(
+                str(policy.compute_dtype).removeprefix("torch."), policy.device.type, policy.attention, packed,
+                sharded and policy.compute_dtype != torch.float32, config.quantize,
+            )  # fmt: skip
+            maker = reference.Maker(source.store, source.pinned, kind, layout, budget, world)
+            stored, refs = maker.cached(policy, splits)
+    if config.activation_checkpointing == "on":
+        checkpoint_activations(policy)
+    optimizer = make_optimizer(config, policy)
+    return Run(config, loss, plan, policy, optimizer, splits, stored, refs, world, sharded)
+
+
+def load(config: TrainConfig, folder: Path, world: World, sharded: bool, adapters: bool = True) -> Policy:
+    """The policy as training starts, its adapters in, on this rank's device: whole, or this rank's rows of it."""
+    attention = padded_attention(folder, config.attention)
+    if sharded:
+        model = empty_policy_model(folder, attention=attention, trust_remote_code=config.trust_remote_code)
+    else:
+        model = load_model(folder, attention, config.trust_remote_code, world.device, quantized(config))
+    if config.lora and adapters:
+        add_adapters(model, lora_of(config), config.seed)
+    policy = Policy(model, torch_dtype(config.dtype))
+    if sharded:
+        shard(policy, world.size, world.device.type)
+        load_rows(policy, folder, world.device)
+    else:
+        policy.to(world.device)
+    check_parts(policy, str(folder))
+    return policy
+
+
+def live_reference(
+    config: TrainConfig, policy: Policy, folder: Path, world: World, sharded: bool
+) -> reference.Live:
+    """The policy with its adapters off, else a second model, in the same layout."""
+    if config.lora:
+        return reference.Live(policy, lambda: without_adapters(policy.model))
+    second = load(config, folder, world, sharded)
+    second.requires_grad_(False)
+    set_attention(second, policy.attention)
+    return reference.Live(second)
+
+
+def lora_of(config: TrainConfig) -> Lora:
+    alpha = 2.0 * config.lora if config.lora_alpha is None else config.lora_alpha
+    return Lora(config.lora, alpha, config.lora_targets)
+
+
+def quantized(config: TrainConfig) -> Any:
+    """transformers' description of NF4 (QLoRA, arXiv 2305.14314), or None."""
+    if config.quantize == "none":
+        return None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch_dtype(config.dtype)
+    )
+
+
+def checkpoint_activations(policy: Policy) -> None:
+    """Keep one hidden state per layer, and compute the rest of it again in the backward."""
+    model = policy.model
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers' newer name for it
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in layers(model):
+        layer.training = True  # what transformers asks for; its parts stay in eval mode, so dropout stays off
+
+
+def make_splits(
+    loss: Loss, plan: Plan, test_set: Sequence[Record], layout: Layout, budget: int, world: World
+) -> dict[str, Work]:
+    """Which records are computed, for what."""
+
+    def keep(side: Side) -> bool:
+        return side.label in loss.labels
+
+    def work(records: Sequence[Record], kept: Kept) -> Work:
+        return Work(records, kept, layout, budget, world.rank, world.size)
+
+    splits = {"train": work(plan.records, keep), "test": work(test_set, all_sides)}
+    if loss.needs_kl:
+        limit = plan.config.max_length
+        splits |= {
+            f"{name}-kl": work(partners(split.records, limit), all_sides)
+            for name, split in splits.items() if split.records
+        }  # fmt: skip
+    return splits
+
+
+def make_optimizer(config: TrainConfig, policy: Policy) -> torch.optim.Optimizer:
+    """AdamW; matrices decay, norms and biases do not."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    settings: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if config.optimizer == "adamw-8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer: torch.optim.Optimizer = AdamW8bit(groups, **settings)
+        return optimizer
+    return torch.optim.AdamW(groups, **settings)
