@@ -147,9 +147,8 @@ class Artifact:
                 if not shard.is_file() or digests.hash_file(shard) != entry["sha256"]:
                     state = "changed" if shard.is_file() else "missing"
                     hint = f"bnfctl verify {self.ref}; then bnfctl rm {self.ref} --force and make it again"
-                    raise BnfctlError(
-                        f"corrupted artifact: {entry['path']} is {state}", where=str(self.path), hint=hint
-                    )
+                    what = f"corrupted artifact: {entry['path']} is {state}"
+                    raise BnfctlError(what, where=str(self.path), hint=hint)
                 yield shard
 
     def pinned(self) -> Pinned:

@@ -102,7 +102,7 @@ def rows(artifact: Artifact, count: int) -> Iterator[str]:
             yield from (line.rstrip("\n") for line in itertools.islice(file, count))
     elif (artifact.path / "rows").is_dir():
         for row in itertools.islice(artifact.rows(), count):
-            yield json.dumps(row, ensure_ascii=False)
+            yield json.dumps(row, ensure_ascii=False, default=bytes.hex)  # a reference's rows are named by hashes
     else:
         raise UsageError(f"{artifact.ref} has no rows", where="--rows")
 

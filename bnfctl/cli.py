@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from bnfctl import __version__, console, machine
-from bnfctl.artifact import Store
+from bnfctl.artifact import KINDS, Store
 from bnfctl.config import CONFIGS, train_recipe
 from bnfctl.errors import BnfctlError, UsageError
 from bnfctl.options import allowed, base_type, fields, flag_name, resolve
@@ -73,7 +73,9 @@ _Home = Annotated[str | None, typer.Option("--home", help="Artifact store [env B
 _Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen, and why; load no model.")]
 _Force = Annotated[bool, typer.Option("--force", help="Make it again even if it is there.")]
-_Stage = Annotated[str | None, typer.Argument(help="Only this stage.", autocompletion=lambda: list(CONFIGS))]
+_Stage = Annotated[
+    str | None, typer.Argument(help="Only this stage, or reference.", autocompletion=lambda: list(KINDS))
+]
 _Ref = Annotated[str, typer.Argument(help="Name, stage/key or path.", autocompletion=_complete_artifact(None))]
 _Refs = Annotated[
     list[str], typer.Argument(help="Names, stage/keys or paths.", autocompletion=_complete_artifact(None))
@@ -219,8 +221,8 @@ def ls_(stage: _Stage = None, home: _Home = None, as_json_output: _Json = False)
     """List artifacts: what they are, how large, what they gave."""
     from bnfctl import browse
 
-    if stage is not None and stage not in CONFIGS:
-        raise UsageError(f"unknown stage '{stage}'", where="STAGE", hint=f"one of: {', '.join(CONFIGS)}")
+    if stage is not None and stage not in KINDS:
+        raise UsageError(f"unknown stage '{stage}'", where="STAGE", hint=f"one of: {', '.join(KINDS)}")
     rows = browse.ls(_store(home), stage)
     console.emit(json.dumps(rows, indent=2) if as_json_output else browse.ls_table(rows))
 

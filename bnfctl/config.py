@@ -110,15 +110,21 @@ class TrainConfig:
     )  # fmt: skip
     lora: int = opt(0, help="Rank of LoRA adapters; 0 trains all parameters.", low=0)
     lora_alpha: float | None = opt(None, help="LoRA's scale is alpha / rank. Default: twice the rank.", low=0)
-    lora_targets: tuple[str, ...] = opt(("all-linear",), help="Modules that get adapters; all-linear leaves the head out.")
+    lora_targets: tuple[str, ...] = opt(
+        ("all-linear",), help="Modules that get adapters; all-linear leaves the head out."
+    )
     lora_save: str = opt("merged", help="Save a whole model, or the adapter alone.", choices=("merged", "adapter"))
-    quantize: str = opt("none", help="4bit loads the frozen base in NF4 (QLoRA; extra qlora).", choices=("none", "4bit"))
+    quantize: str = opt(
+        "none", help="4bit loads the frozen base in NF4 (QLoRA; extra bitsandbytes).", choices=("none", "4bit")
+    )
     optimizer: str = opt(
-        "adamw", help="adamw-8bit keeps the moments in 8 bits (extra 8bit).", choices=("adamw", "adamw-8bit")
+        "adamw", help="adamw-8bit keeps the moments in 8 bits (extra bitsandbytes).", choices=("adamw", "adamw-8bit")
     )
     eval_every: int = opt(0, help="Report on the test split every N steps and at the end; 0 is never.", low=0)
     log_every: int = opt(1, help="A line in metrics.jsonl every N steps.", low=1)
-    devices: int | None = opt(None, help="GPUs (or CPU processes) to use; default: all GPUs. " + _SAME, key=False, low=1)
+    devices: int | None = opt(
+        None, help="GPUs (or CPU processes) to use; default: all GPUs. " + _SAME, key=False, low=1
+    )
     parallel: str = opt(
         "auto",
         help="ddp: every device has all parameters; fsdp: a share of them; auto: ddp where it fits. " + _SAME,
@@ -159,7 +165,7 @@ class ReferenceConfig:
     device: str = opt(help="cpu or cuda.")
     attention: str = opt(help="Implementation of attention.")
     packed: bool = opt(help="Packed or padded sequences.")
-    sharded: bool = opt(help="FSDP2's mixed precision (parameters cast) rather than autocast (products cast).")
+    narrow: bool = opt(help="Parameters in the compute type (FSDP2, LoRA's base), not autocast over float32 masters.")
     quantize: str = opt(help="Quantization of the base.")
 
 

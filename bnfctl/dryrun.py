@@ -61,7 +61,7 @@ def as_text(document: dict[str, Any]) -> str:
     lines += [f"  note: {note}" for note in document["notes"]]
     lines += [f"  not resolved: {name}: {why}" for name, why in document["unresolved"].items()]
     lines += [f"  why: {why}" for why in document["why"]]
-    lines += [f"  memory: {document['memory']}"] if "memory" in document else []
+    lines += [f"  memory: {line}" for line in document.get("memory", ())]
     lines.append(f"  key: {document['key'] or 'known when every input is resolved'}")
     return "\n".join(lines)
 

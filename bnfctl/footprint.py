@@ -10,12 +10,12 @@ Not in the figures: the CUDA context and NCCL's buffers (about 1 GB), fragmentat
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bnfctl.config import TrainConfig
+from bnfctl.shape import Shape, shape_of
 
 GB = 10**9
 USABLE = 0.92
@@ -28,117 +28,6 @@ _NF4 = 0.5 + 4 / 64
 """Bytes a parameter as bitsandbytes stores NF4: half a byte, and a float32 absmax for every block of 64."""
 _MOMENTS = {"adamw": 8.0, "adamw-8bit": 2 + 2 * 4 / 256}
 """Bytes a trained parameter: two float32, or two bytes and their float32 absmax for every block of 256."""
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a Llama-like decoder: what its parameters and activations follow from."""
-
-    family: str
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocabulary: int
-    tied: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    softcap: bool
-    """Gemma-2's cap on attention scores."""
-
-    @property
-    def gemma(self) -> bool:
-        return self.family.startswith("gemma")
-
-    @property
-    def norms(self) -> int:
-        """Norms of [H] in a layer: Gemma 2 and 3 have one before and one after each half."""
-        return 4 if self.family.startswith(("gemma2", "gemma3")) else 2
-
-    @property
-    def qk_norms(self) -> bool:
-        """Whether each head's query and key are normalised."""
-        return self.family.startswith(("qwen3", "gemma3"))
-
-    @property
-    def q_width(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def kv_width(self) -> int:
-        return self.kv_heads * self.head_dim
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Linear modules of a layer: name -> (inputs, outputs)."""
-        return {
-            "q_proj": (self.hidden, self.q_width),
-            "k_proj": (self.hidden, self.kv_width),
-            "v_proj": (self.hidden, self.kv_width),
-            "o_proj": (self.q_width, self.hidden),
-            "gate_proj": (self.hidden, self.intermediate),
-            "up_proj": (self.hidden, self.intermediate),
-            "down_proj": (self.intermediate, self.hidden),
-        }
-
-    @property
-    def layer_matrices(self) -> int:
-        """Parameters in the matrices of a layer."""
-        return sum(inputs * outputs for inputs, outputs in self.linears.values())
-
-    @property
-    def layer_parameters(self) -> int:
-        biases = self.qkv_bias * (self.q_width + 2 * self.kv_width) + self.o_bias * self.hidden
-        biases += self.mlp_bias * (2 * self.intermediate + self.hidden)
-        return self.layer_matrices + biases + self.norms * self.hidden + self.qk_norms * 2 * self.head_dim
-
-    @property
-    def matrix(self) -> int:
-        """Numbers in the output matrix [V, H]."""
-        return self.vocabulary * self.hidden
-
-    @property
-    def root_parameters(self) -> int:
-        """Embeddings, head and final norm: what FSDP2 gathers with the root."""
-        return self.matrix * (1 if self.tied else 2) + self.hidden
-
-    @property
-    def parameters(self) -> int:
-        return self.layers * self.layer_parameters + self.root_parameters
-
-    def lora_parameters(self, rank: int, targets: tuple[str, ...]) -> int:
-        return self.layers * sum(rank * (a + b) for a, b in self.lora_modules(targets).values())
-
-    def lora_modules(self, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-        """The linears of a layer that get adapters."""
-        return {name: size for name, size in self.linears.items() if "all-linear" in targets or name in targets}
-
-
-def shape_of(raw: Mapping[str, Any]) -> Shape | None:
-    """The sizes in a config.json; None for a model that is no plain decoder (mixture of experts, state space, ..)."""
-    inner = raw.get("text_config")
-    text: Mapping[str, Any] = {**raw, **inner} if isinstance(inner, Mapping) else raw
-    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    sizes = [text.get(name) for name in needed]
-    if not all(isinstance(size, int) and size > 0 for size in sizes) or any(text.get(name) for name in _EXPERTS):
-        return None
-    hidden, layers, heads, intermediate, vocabulary = (int(size) for size in sizes if size is not None)
-    family = str(text.get("model_type") or "")
-    attention_bias = bool(text.get("attention_bias", False))
-    return Shape(
-        family, hidden, layers, heads,
-        kv_heads=int(text.get("num_key_value_heads") or heads),
-        head_dim=int(text.get("head_dim") or hidden // heads),
-        intermediate=intermediate, vocabulary=vocabulary,
-        # A config.json leaves out what is its class's default: Gemma ties, the others do not.
-        tied=bool(text.get("tie_word_embeddings", family.startswith("gemma"))),
-        qkv_bias=attention_bias or family.startswith("qwen2"), o_bias=attention_bias,
-        mlp_bias=bool(text.get("mlp_bias", False)), softcap=bool(text.get("attn_logit_softcapping")),
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -156,16 +45,16 @@ class Footprint:
     workspace: float
     """What that moment works with: the head's chunk of logits and gradient, a layer's backward, AdamW's own."""
     moment: str
-    """head, forward, backward, reduction or optimizer: which one it is."""
+    """Which one it is, in words."""
 
     @property
     def total(self) -> float:
         return sum(value for value in vars(self).values() if not isinstance(value, str))
 
-    def as_text(self) -> str:
-        parts = {name: value for name, value in vars(self).items() if not isinstance(value, str)}
-        listed = ", ".join(f"{name} {value / GB:.1f}" for name, value in parts.items() if value >= GB / 20)
-        return f"{self.total / GB:.1f} GB per GPU ({listed})"
+    def parts(self) -> str:
+        """`parameters 8.0, gradients 8.0, ...`: GB, what is less than half a tenth left out."""
+        named = {name: value for name, value in vars(self).items() if not isinstance(value, str)}
+        return ", ".join(f"{name} {value / GB:.1f}" for name, value in named.items() if value >= GB / 20)
 
 
 def footprint(shape: Shape, config: TrainConfig, *, device: str = "cuda", chunk: int = 1 << 28) -> Footprint:
@@ -223,9 +112,9 @@ class _Step:
         """Parameters, whole, with adapters."""
         shape, lora = self.shape, bool(self.config.lora)
         if self.config.quantize == "4bit":
-            # bitsandbytes quantizes the layers' linear modules; embeddings, norms and head stay in 16 bits.
+            # bitsandbytes quantizes the layers' linear modules; embeddings, norms and head stay what they are loaded as.
             matrices = shape.layers * shape.layer_matrices
-            base = _NF4 * matrices + 2 * (shape.parameters - matrices)
+            base = _NF4 * matrices + 4 * (shape.parameters - matrices)
         else:
             base = 4.0 * shape.parameters
         live = 4.0 * shape.parameters if self.config.reference == "live" and not lora else 0.0
@@ -238,21 +127,23 @@ class _Step:
         root = self.compute * shape.root_parameters if self.sharded else 0
         group = narrow if self.sharded else 0
         # The head runs while the last all-gather's buffer is still held for the overlap with the next one.
-        yield self._at("head", root + group, kept, self.head_work)
+        yield self._at("in the head", root + group, kept, self.head_work)
         if self.autocast and self.checkpointed and not self.config.lora:
             # Autocast caches every narrow copy until its region ends, at the end of the body.
-            yield self._at("forward", 0, kept + 2 * shape.layers * shape.layer_matrices, 0)
+            yield self._at("at the end of the forward", 0, kept + 2 * shape.layers * shape.layer_matrices, 0)
         # A layer, the prefetched next one and its all-gather buffer; gradients of the head and of the layer in the
-        # compute type, the layer's float32 input of the reduce-scatter, and the one of the layer before.
-        unreduced = 0 if self.config.lora else self.compute * shape.matrix
-        layer_grads = 0 if self.config.lora else narrow
-        gathered = root + 3 * group + unreduced + (layer_grads + wide if not self.config.lora else 0)
+        # compute type, and a layer's float32 input of the reduce-scatter.
+        unreduced = 0 if self.config.lora else self.compute * shape.matrix + narrow + wide
+        gathered = root + 3 * group + unreduced
         again = self.layer_kept * tokens + self.copies if self.checkpointed else 0
-        yield self._at("backward", gathered if self.sharded else 0, kept, again + self.backward_work)
+        yield self._at("in the backward", gathered if self.sharded else 0, kept, again + self.backward_work)
         if self.sharded and not self.config.lora:
             # Last of all the root: parameters and gradients in the compute type, float32 input of the reduce-scatter.
-            yield self._at("reduction", 2 * root + 4 * shape.root_parameters, 0, 4 * shape.root_parameters / self.shards)
-        yield self._at("optimizer", 0, 0, 4 * self.trained / self.shards if self.device == "cuda" else 0)
+            whole = 4 * shape.root_parameters
+            yield self._at("as the root's gradients are reduced", 2 * root + whole, 0, whole / self.shards)
+        # torch's AdamW takes the roots of all second moments at once on a GPU; bitsandbytes' works in place.
+        roots = 4 * self.trained / self.shards if self.device == "cuda" and self.config.optimizer == "adamw" else 0
+        yield self._at("in AdamW's step", 0, 0, roots)
 
     def _at(self, moment: str, gathered: float, activations: float, workspace: float) -> Footprint:
         trained = self.trained / self.shards
@@ -270,7 +161,11 @@ class _Step:
     def kept(self) -> float:
         """Activations kept for the backward at the end of the body."""
         shape = self.shape
-        layer = self.residual * shape.hidden * self.tokens if self.checkpointed else self.layer_kept * self.tokens + self.copies
+        layer = (
+            self.residual * shape.hidden * self.tokens
+            if self.checkpointed
+            else self.layer_kept * self.tokens + self.copies
+        )
         return shape.layers * layer + self._norm(shape.hidden) * self.tokens
 
     def _norm(self, width: int) -> int:
@@ -321,3 +216,116 @@ class _Step:
             work += 2 * shape.matrix
         # Logits and softmax in float32, the softmax's narrow copy; three [n, H] in float32.
         return work + n * shape.vocabulary * (8 + (2 if size == 2 else 0)) + 3 * 4 * n * shape.hidden
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a training has to fit."""
+
+    devices: int = 1
+    """GPUs, or CPU processes, of the whole training."""
+    memory: int | None = None
+    """Bytes of one GPU; None: not known."""
+    device: str = "cuda"
+    chunk: int = 1 << 28
+    """CHUNK_ELEMENTS of model/head.py for this kind of device."""
+
+    @property
+    def usable(self) -> float:
+        """Bytes to plan with.  A CPU's are not counted: what it lacks, it swaps."""
+        if self.device == "cpu":
+            return float("inf")
+        return USABLE * (self.memory or ASSUMED_MEMORY)
+
+    def footprint(self, shape: Shape, config: TrainConfig) -> Footprint:
+        return footprint(shape, config, device=self.device, chunk=self.chunk)
+
+
+def resolve(shape: Shape | None, config: TrainConfig, machine: Machine) -> TrainConfig:
+    """The config with what `auto` means here: the fastest of ddp, fsdp and checkpointing that fits, in this order.
+
+    ddp without checkpointing, fsdp without, ddp with, fsdp with; where none fits, the smallest.  A model of unknown
+    shape gets what needs least.
+    """
+    narrow = config.quantize != "none" or config.optimizer != "adamw"
+    both = machine.devices > 1 and not narrow  # bitsandbytes' tensors can't be cut into rows
+    parallels = [config.parallel] if config.parallel != "auto" else ["ddp", *(["fsdp"] if both else [])]
+    again = [config.activation_checkpointing] if config.activation_checkpointing != "auto" else ["off", "on"]
+    sized = dataclasses.replace(
+        config, devices=machine.devices, micro_tokens=config.micro_tokens or MICRO_TOKENS[machine.device]
+    )
+    found = [
+        dataclasses.replace(sized, parallel=parallel, activation_checkpointing=on)
+        for on in again
+        for parallel in parallels
+    ]
+    if shape is None:
+        return found[0] if machine.device == "cpu" else found[-1]
+    sizes = [machine.footprint(shape, one).total for one in found]
+    fitting = [one for one, size in zip(found, sizes, strict=True) if size <= machine.usable]
+    return fitting[0] if fitting else found[sizes.index(min(sizes))]
+
+
+def advice(shape: Shape, config: TrainConfig, machine: Machine) -> list[str]:
+    """For a config, as asked, that does not fit: the least changes that make it fit, as flags with the figure it then has.
+
+    At most one of each kind: same results on the same GPUs; more GPUs; another training.  Where nothing fits, the
+    smallest there is.
+    """
+    on: dict[str, Any] = {"activation_checkpointing": "on"}
+    budget = config.micro_tokens or MICRO_TOKENS[machine.device]
+    fewer: list[dict[str, Any]] = [{"micro_tokens": size} for size in (8192, 4096, 2048) if size < budget]
+    least = {**on, **(fewer[-1] if fewer else {})}
+    eight: dict[str, Any] = {"optimizer": "adamw-8bit", "parallel": "ddp"}
+    lora: dict[str, Any] = {"lora": config.lora or 16}
+    four: dict[str, Any] = {**lora, "quantize": "4bit", "lora_save": "adapter", "parallel": "ddp", "optimizer": "adamw"}
+    spread: list[dict[str, Any]] = []
+    if config.quantize == "none" and config.optimizer == "adamw":
+        spread = [{"parallel": "fsdp"}] if machine.devices > 1 else []
+        spread += [{"parallel": "fsdp", "devices": 2**n} for n in range(1, 9) if 2**n > machine.devices]
+    kinds = [
+        [on, *fewer, *({**on, **one} for one in fewer)],
+        [*spread, *({**on, **one} for one in spread)],
+        [{**one, **extra} for extra in ({}, on, least) for one in (*([] if config.lora else [eight]), lora, four)],
+    ]
+    sized = [[_tried(shape, config, change, machine) for change in kind] for kind in kinds]
+    found = [next((pair for pair in kind if pair[0] <= machine.usable and pair[1]), None) for kind in sized]
+    fitting = [pair for pair in found if pair is not None]
+    shown = fitting or [min(pair for kind in sized for pair in kind if pair[1])]
+    return [f"{flags}: {total / GB:.1f} GB" for total, flags in shown]
+
+
+def _tried(shape: Shape, asked: TrainConfig, change: Mapping[str, Any], machine: Machine) -> tuple[float, str]:
+    """(bytes, what to type) for a change; `auto` then means what it means with that change."""
+    after = dataclasses.replace(asked, **change)
+    wider = dataclasses.replace(machine, devices=change.get("devices", machine.devices))
+    return wider.footprint(shape, resolve(shape, after, wider)).total, _flags(asked, after)
+
+
+def _flags(before: TrainConfig, after: TrainConfig) -> str:
+    """What to type to get from one to the other."""
+    names = [field.name for field in dataclasses.fields(after)]
+    changed = [name for name in names if getattr(before, name) != getattr(after, name)]
+    return " ".join(f"--{name.replace('_', '-')} {getattr(after, name)}" for name in changed)
+
+
+def report(raw: Mapping[str, Any], config: TrainConfig, machine: Machine) -> list[str]:
+    """The lines of --dry-run about memory; raw: the model's config.json."""
+    shape = shape_of(raw)
+    if shape is None:
+        return [f"no estimate for a {raw.get('model_type') or 'model'} of this shape: it is not a plain decoder"]
+    chosen = resolve(shape, config, machine)
+    needed = machine.footprint(shape, chosen)
+    each = "GPU" if machine.device == "cuda" else "process"
+    many = "" if machine.devices == 1 else "s" if each == "GPU" else "es"
+    lines = [
+        f"{needed.total / GB:.1f} GB per {each}: {needed.parts()}",
+        f"most is held {needed.moment}; {chosen.micro_tokens} tokens per micro-batch, {machine.devices} {each}{many}, {chosen.parallel}, "
+        f"activation checkpointing {chosen.activation_checkpointing}",
+    ]
+    if machine.device == "cpu":
+        return lines
+    size = f"{(machine.memory or ASSUMED_MEMORY) / GB:.1f} GB" + ("" if machine.memory else " (assumed)")
+    if needed.total <= machine.usable:
+        return [*lines, f"fits a GPU of {size}"]
+    return [*lines, f"does not fit a GPU of {size}", *(f"try {one}" for one in advice(shape, config, machine))]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from bnfctl.errors import UsageError
 
@@ -88,3 +90,16 @@ def download_model(pinned_ref: str) -> Path:
             where=pinned_ref,
             hint="bnfctl doctor checks the hub access",
         ) from None
+
+
+def model_config(ref: str) -> dict[str, Any] | None:
+    """config.json of a hub model, from the cache or fetched alone; None where neither has it."""
+    from huggingface_hub import hf_hub_download
+
+    name, revision = split_revision(ref)
+    try:
+        file = hf_hub_download(name, "config.json", revision=revision, etag_timeout=TIMEOUT)
+        found: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
+        return found
+    except Exception:  # whatever the client raises, there is no config to look at
+        return None

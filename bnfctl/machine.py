@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -61,6 +62,16 @@ def visible_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def gpu_memory() -> int | None:
+    """Bytes of the smallest GPU here, as its driver says; None without one."""
+    ask = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(ask, capture_output=True, text=True, check=True, timeout=10).stdout
+        return min(int(line) for line in told.split()) << 20
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
 
 
 def resolve_dtype(name: str) -> str:

@@ -268,7 +268,18 @@ def headline(artifact: Artifact) -> str:
             )
             parts.append(f"{name} {result['mean']:.3f}{gain}")
         return ", ".join(parts)
-    shown = ("prompts", "candidates", "mean_reward", "null_rewards", "records", "train", "test", "steps", "tokens")
+    shown = (
+        "prompts",
+        "candidates",
+        "mean_reward",
+        "null_rewards",
+        "responses",
+        "records",
+        "train",
+        "test",
+        "steps",
+        "tokens",
+    )
     return ", ".join(f"{name} {summary[name]}" for name in shown if isinstance(summary.get(name), (int, float)))
 
 

@@ -260,7 +260,7 @@ def _failure(ended: Ended, shared: Path, log: Path) -> BnfctlError:
                 raw["hint"] = "if nobody killed it, the machine ran out of memory; the same command resumes"
     else:
         raw["error"] += f" ({rank})"
-    if ended.code < 0 or raw["exit_code"] in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    if ended.code < 0 or ended.code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         console.check_stop()
     # What rank 0 said has been on this process's stderr.
     places = [raw["where"], f"log: {log}/rank-{ended.rank}.log" if ended.rank else None]

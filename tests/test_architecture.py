@@ -20,10 +20,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
     {"errors"},
-    {"console", "durable", "tables", "hub", "machine"},
+    {"console", "durable", "tables", "hub", "machine", "shape"},
     {"options"},
     {"config", "digests", "shards"},
-    {"artifact"},
+    {"artifact", "footprint"},
     {"data"},
     {"model", "losses", "client"},
     {"samplers", "scorers", "training", "tasks", "analysis"},
@@ -39,7 +39,7 @@ LAYERS = [
 """Lowest first.  A module imports from lower layers only; a package may also import from itself."""
 
 LIGHT = {"cli", "options", "config", "errors", "console", "artifact", "shards", "pipeline", "launch", "ranks", "tables", "hub",
-         "digests", "durable", "browse", "dryrun", "machine", "__main__"}  # fmt: skip
+         "digests", "durable", "browse", "dryrun", "machine", "footprint", "shape", "__main__"}  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "vllm", "accelerate"}
 
 

@@ -80,6 +80,17 @@ def test_random_kills_of_the_smoke_pipeline_change_no_digest(tmp_path: Path) -> 
         assert not [path for path in (home / ".drafts").glob("*") if path.is_dir()], "no draft is left behind"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("parallel", "count"), [("ddp", 2), ("fsdp", 3)])
+def test_random_kills_of_two_ranks_change_no_digest(parallel: str, count: int, tmp_path: Path) -> None:
+    script = str(REPOSITORY / "tests" / "rank_kills.py")
+    command = [sys.executable, script, str(tmp_path), str(count), parallel]
+    done = subprocess.run(command, env={**os.environ, **ENV}, capture_output=True, text=True, check=False, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["bad"] == [] and result["kills"] == count
+
+
 def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     code = (
         "import os, sys, time, signal\n"

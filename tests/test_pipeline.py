@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bnfctl import pipeline
+from bnfctl import losses, options, pipeline
 from bnfctl.artifact import Artifact, Store
+from bnfctl.config import PUBLISHED_SETS
 from bnfctl.errors import UsageError
 from tests.conftest import REPOSITORY, Done
 
@@ -37,18 +39,58 @@ def test_every_shipped_pipeline_is_valid_and_dry_runs(path: Path, store: Store) 
     assert all("to be made" in verdict for _, verdict in verdicts)
 
 
-def test_the_papers_recipes_have_its_hyper_parameters(store: Store) -> None:
-    rates = {"mistral-7b-instruct": 5e-7, "llama3-8b-instruct": 6e-7, "gemma2-9b-it": 8e-7}
-    for name, lr in rates.items():
-        run = pipeline.Run(pipeline.read(REPOSITORY / "pipelines" / f"{name}.yaml"), store)
-        config = run.config(run.steps[-1])
-        assert (config.lr, config.batch_size, config.epochs, config.max_length, config.warmup) == (
-            lr,
-            128,
-            1,
-            4096,
-            0.1,
-        )
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_every_loss_of_a_shipped_pipeline_can_be_made(path: Path, store: Store) -> None:
+    run = pipeline.Run(pipeline.read(path), store)
+    trainings = [run.config(step, placeholders=True) for step in run.steps if step.stage == "train"]
+    assert trainings
+    for config in trainings:
+        assert losses.make(config.loss, config.loss_arg).needs_pairs == (config.loss in ("dpo", "simpo"))
+
+
+RECIPES: dict[str, dict[str, tuple[float, dict[str, float]]]] = {
+    "mistral-7b-bnf": {
+        "bnf": (5e-7, {}),
+        "dpo": (5e-7, {"beta": 0.01}),
+        "simpo": (5e-7, {"beta": 2.5, "gamma": 2.5 * 0.1}),
+    },
+    "llama3-8b-bnf": {
+        "bnf": (6e-7, {}),
+        "dpo": (3e-7, {"beta": 0.01}),
+        "simpo": (1e-6, {"beta": 10.0, "gamma": 10 * 0.3}),
+    },
+    "gemma2-9b-bnf": {
+        "bnf": (8e-7, {}),
+        "dpo": (5e-7, {"beta": 0.01}),
+        "simpo": (8e-7, {"beta": 10.0, "gamma": 10 * 0.5}),
+    },
+}
+"""The paper's learning rates, and SimPO's table: learning rate, beta, and gamma as beta times its gamma / beta."""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipes_have_the_published_hyper_parameters(name: str, store: Store) -> None:
+    run = pipeline.Run(pipeline.read(REPOSITORY / "pipelines" / f"{name}.yaml"), store)
+    trainings = {step.name: run.config(step, placeholders=True) for step in run.steps if step.stage == "train"}
+    found = {}
+    for branch, config in trainings.items():
+        loss: Any = losses.make(config.loss, config.loss_arg)
+        assert config.loss == branch
+        found[branch] = (config.lr, dataclasses.asdict(loss))
+    assert found == {branch: (lr, pytest.approx(values)) for branch, (lr, values) in RECIPES[name].items()}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_branches_of_a_recipe_share_records_and_reference(name: str, store: Store) -> None:
+    run = pipeline.Run(pipeline.read(REPOSITORY / "pipelines" / f"{name}.yaml"), store)
+    branches = [run.config(step, placeholders=True) for step in run.steps if step.stage == "train"]
+    [build] = [step.name for step in run.steps if step.stage == "build"]
+    assert {step.raw["data"] for step in run.steps if step.stage == "train"} == {build}
+    common = {options.canonical({**options.key_fields(c), "loss": 0, "loss_arg": 0, "lr": 0}) for c in branches}
+    assert len(common) == 1, "only the loss and its learning rate differ"
+    first = branches[0]
+    assert (first.batch_size, first.epochs, first.max_length, first.warmup) == (128, 1, 4096, 0.1)
+    assert (first.model, run.config(run.steps[0]).input) in PUBLISHED_SETS.items()
 
 
 def test_variables_and_set(tmp_path: Path) -> None:

@@ -37,14 +37,15 @@ class Lora:
         from peft import LoraConfig
 
         targets = "all-linear" if self.targets == ("all-linear",) else list(self.targets)
-        return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets, lora_dropout=0.0, bias="none",
+        alpha: Any = self.alpha  # peft declares an int, and takes any number
+        return LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none",
                           task_type="CAUSAL_LM")  # fmt: skip
 
 
 def add_adapters(model: Any, lora: Lora, seed: int) -> None:
     """Freeze the model and give it adapters that change nothing yet (B = 0), in float32, the same on every rank.
 
-    Raises UsageError where no module has the name of a target.
+    Raises UsageError where no module has the name of a target, or one is the head's or the embeddings'.
     """
     from peft import inject_adapter_in_model
 
@@ -53,6 +54,10 @@ def add_adapters(model: Any, lora: Lora, seed: int) -> None:
         inject_adapter_in_model(lora.config(), model)
     except ValueError as error:
         raise UsageError(str(error).splitlines()[0], where="--lora-targets", hint="--lora-targets all-linear") from None
+    added = {id(layer) for layer in _lora_layers(model)}
+    if added & {id(model.get_output_embeddings()), id(model.get_input_embeddings())}:
+        what = "adapters of the embeddings or of the output matrix are not trained here"
+        raise UsageError(what, where="--lora-targets", hint="--lora-targets all-linear")
     draw = torch.Generator().manual_seed(seed)
     for layer in _lora_layers(model):
         for matrices, fresh in ((layer.lora_A, True), (layer.lora_B, False)):

@@ -56,7 +56,7 @@ class Head:
         `logp` is differentiable; the backward computes the logits again.
         """
         results = _Recompute.apply(hidden, self.matrix, self.bias, target, self.softcap, entropy)
-        return HeadResult(*results[:2], results[2] if entropy else None)
+        return HeadResult(results[0], results[1], results[2] if entropy else None)
 
     def one_pass(
         self, hidden: Tensor, target: Tensor, coefficients: Coefficients, *, entropy: bool = False
@@ -65,10 +65,10 @@ class Head:
 
         The gradients of hidden states and matrix are made here, with the coefficients held fixed.
         """
-        surrogate, *results = _OnePass.apply(
+        surrogate, logp, log_odds, spread = _OnePass.apply(
             hidden, self.matrix, self.bias, target, self.softcap, entropy, coefficients
         )
-        return surrogate, HeadResult(*results[:2], results[2] if entropy else None)
+        return surrogate, HeadResult(logp, log_odds, spread if entropy else None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,9 +32,10 @@ COMPANIONS = (
 
 
 def load_model(
-    path: Path, attention: str, trust_remote_code: bool, device: torch.device, quantization: Any = None
-) -> Any:
-    """The causal language model in `path` with float32 parameters, in eval mode: dropout off, on the CPU.
+    path: Path, dtype: torch.dtype, attention: str, trust_remote_code: bool, device: torch.device,
+    quantization: Any = None,
+) -> Any:  # fmt: skip
+    """The causal language model in `path` with parameters of this type, in eval mode: dropout off, on the CPU.
 
     quantization: a transformers config; then its linears are quantized, and it is on `device`.
     Raises UsageError when the folder is no causal language model.
@@ -42,9 +43,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     more = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
-    return load_pretrained(
-        AutoModelForCausalLM, path, torch.float32, trust_remote_code, attn_implementation=attention, **more
-    )
+    return load_pretrained(AutoModelForCausalLM, path, dtype, trust_remote_code, attn_implementation=attention, **more)
 
 
 def padded_attention(path: Path, attention: str = "auto") -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +54,6 @@ def model_dir(pinned: Pinned) -> Path:
     return Path(pinned.path) / "model" if pinned.kind == "artifact" else Path(pinned.path)
 
 
-def parameter_count(pinned: Pinned) -> int | None:
-    """Numbers stored in a pinned model's safetensors, from their headers; None for one that is not on this machine."""
-    if pinned.path is None:
-        return None
-    files = model_dir(pinned).glob("*.safetensors")
-    return sum(math.prod(entry["shape"]) for file in files for entry in safetensors_header(file).values()) or None
-
-
 def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
     """Tensor name -> {dtype, shape, data_offsets}; UsageError for a file that is none (a Git LFS pointer, say)."""
     with open(file, "rb") as opened:
@@ -77,6 +68,9 @@ def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
 
 def _check_artifact(artifact: Artifact, store: Store) -> None:
     """A flipped byte in a trained model must not be sampled from; hashed once, then remembered."""
+    if not (artifact.path / "model" / "config.json").is_file():
+        hint = "train again with --lora-save merged; peft and vLLM --enable-lora take base and adapter as they are"
+        raise UsageError(f"{artifact.ref} holds a LoRA adapter alone", where=str(artifact.path), hint=hint)
     for entry in artifact.manifest.files:
         file = artifact.path / entry["path"]
         if not file.is_file() or store.digests.file(file) != entry["sha256"]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bnfctl.machine import ranks_here
 
-_WIDE = 512
+_WIDE = 256
 """Hidden size from which a second thread pays: below it, threads wait for each other longer than they compute."""
 
 

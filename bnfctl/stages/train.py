@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
-from bnfctl import losses
+from bnfctl import footprint, hub, losses
 from bnfctl.artifact import Artifact, Draft, Plan, Store
 from bnfctl.config import PUBLISHED_SETS, BuildConfig, TrainConfig
+from bnfctl.data.chat import read_config
 from bnfctl.errors import UsageError
 from bnfctl.hub import split_revision
-from bnfctl.machine import resolve_dtype
-from bnfctl.model.source import model_dir, parameter_count, pin_model
+from bnfctl.machine import gpu_memory, has_gpu, place, resolve_dtype, visible_gpus
+from bnfctl.model.source import model_dir, pin_model
+from bnfctl.shape import shape_of
 from bnfctl.stages import Prerequisite
 
 STAGE, VERSION = "train", 2
 
+_LARGEST_ON_CPU = 10**9
+"""Parameters: whoever plans a larger model on a machine without a GPU plans for one with."""
 _COUNTED = {
     "cut": "responses cut at the maximum length",
     "no_room": "records dropped: the prompt leaves no room for a response",
@@ -27,6 +32,7 @@ _COUNTED = {
 
 def plan(config: TrainConfig, store: Store) -> Plan | Prerequisite:
     """Resolve the model and the data; without --data, the only build made from this model, or its published set."""
+    _check_options(config)
     model = pin_model(config.model, store)
     notes: list[str] = []
     if config.data is None:
@@ -42,12 +48,34 @@ def plan(config: TrainConfig, store: Store) -> Plan | Prerequisite:
             return _published(config)
         config = dataclasses.replace(config, data=found[0].ref)
         notes.append(f"data: {config.data}, the only build made from {split_revision(model.ref)[0]}")
-    if config.loss_arg:
-        losses.make(config.loss, config.loss_arg)  # bad names and values before anything starts
     assert config.data is not None
     data = store.find(config.data, "build", "--data")
     config = dataclasses.replace(config, dtype=resolve_dtype(config.dtype))
     return Plan(STAGE, VERSION, config, {"model": model, "data": data.pinned()}, tuple(notes))
+
+
+def _check_options(config: TrainConfig) -> None:
+    """UsageError for bad hyper-parameters, and options that don't go together, before anything starts."""
+    if config.loss_arg:
+        losses.make(config.loss, config.loss_arg)
+    if config.quantize != "none":
+        if not config.lora:
+            raise UsageError("a quantized base is frozen, so it needs adapters", where="--quantize", hint="--lora 16")
+        if config.lora_save == "merged":
+            raise UsageError(
+                "adapters can't be merged into a quantized base", where="--quantize", hint="--lora-save adapter"
+            )
+        if not has_gpu():
+            what = "bitsandbytes trains on a GPU only: on a CPU its 4-bit products drop gradients, silently"
+            raise UsageError(what, where="--quantize", hint="--quantize none")
+    narrow = [flag for flag, on in (("--quantize 4bit", config.quantize != "none"),
+                                    ("--optimizer adamw-8bit", config.optimizer != "adamw")) if on]  # fmt: skip
+    if narrow and config.parallel == "fsdp":
+        raise UsageError(f"{narrow[0]} can't be cut into rows", where="--parallel fsdp", hint="--parallel ddp")
+    if narrow and find_spec("bitsandbytes") is None:
+        raise UsageError(f"{narrow[0]} needs bitsandbytes", where=narrow[0], hint="pip install 'bnfctl[bitsandbytes]'")
+    if config.lora_save == "adapter" and not config.lora:
+        raise UsageError("there is no adapter to save", where="--lora-save", hint="--lora 16")
 
 
 def run(config: TrainConfig, draft: Draft) -> dict[str, Any]:
@@ -72,13 +100,22 @@ def run(config: TrainConfig, draft: Draft) -> dict[str, Any]:
     return summary
 
 
-def estimate(planned: Plan) -> str:
-    """What training needs besides activations: 16 bytes a parameter (float32 master, gradient, two moments)."""
+def estimate(planned: Plan) -> list[str]:
+    """For --dry-run: memory on each device, from the model's config.json alone; it may be on the hub."""
+    config: TrainConfig = planned.config
     pinned = planned.inputs.get("model")
-    count = parameter_count(pinned) if pinned else None
-    if count is None:
-        return "16 bytes a parameter (float32 master, gradient, two AdamW moments), plus activations"
-    return f"{16 * count / 1e9:.3g} GB for {count / 1e6:.3g}M parameters (16 bytes each), plus activations"
+    if pinned is None:
+        return ["no estimate: the model is not known yet"]
+    raw = hub.model_config(pinned.ref) if pinned.kind == "hub-model" else read_config(model_dir(pinned))
+    if not raw:
+        return [f"no estimate: the config.json of {pinned.ref} can't be had here"]
+    shape = shape_of(raw)
+    elsewhere = not has_gpu() and shape is not None and shape.parameters > _LARGEST_ON_CPU
+    if elsewhere:
+        config = dataclasses.replace(config, dtype="bfloat16")
+    devices = place().size if place().size > 1 else config.devices or visible_gpus() or 1
+    machine = footprint.Machine(devices, gpu_memory(), "cuda" if has_gpu() or elsewhere else "cpu")
+    return footprint.report(raw, config, machine)
 
 
 def _builds_of(name: str, digest: str | None, store: Store) -> list[Artifact]:

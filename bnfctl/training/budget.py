@@ -23,8 +23,8 @@ FILE = "scratch/budget.json"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """A GPU's allocator has a type for it, the CPU's only a text."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """A GPU's allocator and Python have types for it, torch on a CPU only a text."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def stored(work: Path) -> int | None:
@@ -49,7 +49,7 @@ def halved_when_full(run: Run, work: Path, where: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        half = run.splits["train"].budget // 2
+        half = max(1, run.splits["train"].budget // 2)
         durable.write_json(work / FILE, {"micro_tokens": half})
         raise BnfctlError(
             f"out of memory {where} on rank {run.world.rank}: {str(error).splitlines()[0]}",

@@ -22,6 +22,8 @@ from bnfctl.errors import BnfctlError
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 45.0
 """A rank whose counter stands still for so long is dead; so is a store that does not answer for so long."""
+STOP_SECONDS = 2.0
+"""How long a rank that was asked to stop looks for the one that broke its collective."""
 GRACE_SECONDS = 8.0
 """How long this rank may take to end by itself after another one ended with an error, which may be its own too."""
 _HINT = "the same command resumes"
@@ -64,10 +66,14 @@ class Heartbeat:
     def who(self) -> BnfctlError:
         """Why a collective has failed: the rank that ended, as soon as its silence is long enough to name it."""
         self._spared = True
-        # A launcher that has asked for a stop kills soon: then a nameless error is better than none.
-        limit, end = SILENT_SECONDS + 2 * BEAT_SECONDS, time.monotonic()
-        while self._verdict is None and time.monotonic() - end < (GRACE_SECONDS if console.stop_requested() else limit):
+        limit, failed = SILENT_SECONDS + 2 * BEAT_SECONDS, time.monotonic()
+        while self._verdict is None and time.monotonic() - failed < limit:
             time.sleep(0.1)
+            with contextlib.suppress(RuntimeError):
+                self._departures()
+            if console.stop_requested():
+                # The launcher has seen who ended, tells that itself, and kills soon.
+                limit = min(limit, STOP_SECONDS)
         return self._verdict or LostRank("another rank")
 
     def leave(self, error: BnfctlError | None) -> None:
@@ -77,13 +83,14 @@ class Heartbeat:
         host waits until all others have left or died.
         """
         self._spared = True
-        own = error is not None and error is not self._verdict and not isinstance(error, LostRank)
+        lost = isinstance(error, LostRank)
+        own = error is not None and error is not self._verdict and not lost
         farewell = threading.Thread(target=self._say_left, args=(error if own else None,), daemon=True)
         farewell.start()
         farewell.join(1.0)
-        while farewell.is_alive() and self._verdict is None:  # the watch sees a store that does not answer
+        while farewell.is_alive() and self._verdict is None and not lost:  # the watch sees a store that does not answer
             farewell.join(0.05)
-        if self._host and self._verdict is not None:
+        if self._host and (lost or self._verdict is not None):
             self._linger()
         self._stopped.set()
 
@@ -112,21 +119,27 @@ class Heartbeat:
             self._stopped.wait(BEAT_SECONDS)
 
     def _look(self) -> None:
-        left = self._store.add("left", 0)
+        self._departures()
         for rank, before in list(self._seen.items()):
-            if left and self._store.check([f"left/{rank}"]):
-                reason = json.loads(self._store.get(f"left/{rank}"))
-                del self._seen[rank]
-                if reason is not None:
-                    self._decide(_elsewhere(rank, reason), GRACE_SECONDS)
-                continue
             now = self._store.add(f"beat/{rank}", 0)
             # One that has not come yet is slow, not dead: whoever waits for it has a limit of its own.
             self._still[rank] = self._still[rank] + 1 if now == before and now else 0
-            self._seen[rank] = now
+            if rank in self._seen:  # not taken off meanwhile, by the main thread
+                self._seen[rank] = now
             # Rounds, not a clock: a machine that was asleep must not find everyone dead.
             if self._still[rank] * BEAT_SECONDS >= SILENT_SECONDS:
                 self._decide(LostRank(f"rank {rank}"), 0.0)
+
+    def _departures(self) -> None:
+        """Take those that have left off the list; one that left with an error of its own ends this rank too."""
+        if self._store.add("left", 0) == 0:
+            return
+        for rank in list(self._seen):
+            if self._store.check([f"left/{rank}"]):
+                reason = json.loads(self._store.get(f"left/{rank}"))
+                self._seen.pop(rank, None)
+                if reason is not None:
+                    self._decide(_elsewhere(rank, reason), GRACE_SECONDS)
 
     def _decide(self, verdict: BnfctlError, grace: float) -> None:
         """Hold the verdict ready for the main thread; end the process if that does not end by itself."""

@@ -15,10 +15,11 @@ from torch import Tensor
 from bnfctl import console, durable, options
 from bnfctl.config import TrainConfig
 from bnfctl.data.records import Record
-from bnfctl.errors import BnfctlError, UsageError
-from bnfctl.losses import Loss, Stats, make
+from bnfctl.errors import BnfctlError
+from bnfctl.losses import Stats, make
 from bnfctl.training import budget, checkpoint, saving
 from bnfctl.training.batches import MicroBatch, Plan, StepData, step_data
+from bnfctl.training.checks import check_records
 from bnfctl.training.gradients import clip, reduce
 from bnfctl.training.metrics import FILE as METRICS_FILE
 from bnfctl.training.metrics import MetricsFile, StepSums, line
@@ -43,7 +44,7 @@ def train(
     or the policy differs from its reference at step 0.
     """
     loss = make(config.loss, config.loss_arg)
-    kept = check_records(config, loss, train_set, test_set)
+    kept = check_records(config, loss, train_set, test_set, source.folder)
     plan = Plan(config, kept)
     started = time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
@@ -84,36 +85,6 @@ def train(
     }
 
 
-def check_records(
-    config: TrainConfig, loss: Loss, train_set: Sequence[Record], test_set: Sequence[Record]
-) -> list[Record]:
-    """The training records that the loss can use; UsageError where it cannot work with the data at all."""
-    for record in [*train_set, *(test_set if config.eval_every else [])]:
-        if not record.prompt_ids or not record.sides or not all(side.ids for side in record.sides):
-            raise UsageError("a record needs a prompt and responses of at least one token", where=f"record {record.id}")
-        longest = len(record.prompt_ids) + max(len(side.ids) for side in record.sides)
-        if longest > config.max_length:
-            what = f"prompt + response has {longest} tokens; --max-length is {config.max_length}"
-            raise UsageError(what, where=f"record {record.id}", hint="raise --max-length or drop the record")
-        if loss.needs_pairs and sorted(side.label for side in record.sides) != [-1, 1]:
-            raise UsageError(
-                f"the loss '{config.loss}' needs both sides of every record",
-                where=f"record {record.id}",
-                hint="use --loss bnf, or build again with --pairing-ratio 1",
-            )
-    kept = [record for record in train_set if any(side.label in loss.labels for side in record.sides)]
-    if not kept:
-        wanted = "chosen" if loss.labels == (1,) else "chosen or rejected"
-        raise UsageError(
-            f"the loss '{config.loss}' finds no {wanted} response in the training split",
-            where="--data",
-            hint="check what the build stage kept: bnfctl show",
-        )
-    if len(kept) < len(train_set):
-        console.say(f"{len(train_set) - len(kept)} records have no response for the loss '{config.loss}': left out")
-    return kept
-
-
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     """Of step 0, 1, ..: linear warm-up over the first `warmup` share of the steps, then a cosine down to 0.
 
@@ -144,7 +115,7 @@ def _steps(run: Run, first: int, metrics: MetricsFile | None, work: Path) -> tup
                     metrics.append(report)
             late = 0 < config.save_minutes * 60 <= time.monotonic() - saved
             stop, due = world.any(console.stop_requested(), late)
-            due = due or bool(config.save_every) and step % config.save_every == 0
+            due = due or (bool(config.save_every) and step % config.save_every == 0)
             if stop or (due and step < total):
                 size = metrics.path.stat().st_size if metrics else 0
                 state = checkpoint.State(step, size, _asked(config))

@@ -25,11 +25,9 @@ class StepSums:
     """Sums over the micro-batches of a step, float64 on the CPU."""
 
     def __init__(self) -> None:
-        self._sums = {
-            name: torch.zeros((), dtype=torch.float64)
-            for name in ("value", "pull", "drift", "margin", "wins")
-            + tuple(f"{what}_{label}" for what in ("value", "logp", "shift") for label, _ in _LABELS)
-        }
+        names = ["value", "pull", "drift", "margin", "wins"]
+        names += [f"{what}_{label}" for what in ("value", "logp", "shift") for label, _ in _LABELS]
+        self._sums = {name: torch.zeros((), dtype=torch.float64) for name in names}
 
     def add(self, tokens: TokenLogps, value: Tensor, coefficients: Tensor | None) -> None:
         """One micro-batch: value [R] of `Loss.value`, coefficients [N] of the gradient (None: not trained on)."""

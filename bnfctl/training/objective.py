@@ -89,10 +89,9 @@ def _mismatched(record: Record, other: Record, max_length: int) -> Record:
     return Record(f"{record.id} with {other.id}", record.prompt_ids, kept)
 
 
-def kl_sum(policy: Policy, batches: Iterator[tuple[MicroBatch, Tensor]]) -> Tensor:
+def kl_sum(policy: Policy, batches: Iterator[tuple[MicroBatch, Tensor | None]]) -> Tensor:
     """[] sum over mismatched responses of log pi - log pi_ref, without gradients (KTO, arXiv 2402.01306)."""
     total = torch.zeros((), dtype=torch.float64, device=policy.device)
     for batch, ref_log_odds in batches:
-        result = forward(policy, batch, ref_log_odds, entropy=False)
-        total += (result.tokens.logp - logsigmoid(ref_log_odds)).double().sum()
+        total += forward(policy, batch, ref_log_odds, entropy=False).tokens.log_ratio().double().sum()
     return total

@@ -24,6 +24,7 @@ from bnfctl import console, shards
 from bnfctl.artifact import Artifact, Pinned, Plan, Store
 from bnfctl.config import ReferenceConfig
 from bnfctl.data.records import Record, Side
+from bnfctl.errors import BnfctlError
 from bnfctl.model.policy import Policy
 from bnfctl.training.batches import Layout, MicroBatch, Work, all_sides
 from bnfctl.training.objective import forward
@@ -151,10 +152,12 @@ class Maker:
                 console.say(f"reference: one pass over {len(hashes)} responses")
                 draft.open()
             self.world.barrier()
-            self._pass(policy, records, folder / "scratch" / "parts")
+            # Units of another budget or layout hold other responses, so an unfinished pass of those does not fit in.
+            parts = folder / "scratch" / f"parts-{self.budget}{'-shared' if self.layout.share else ''}"
+            self._pass(policy, records, parts)
             self.world.barrier()
             if draft is not None:
-                tokens = _publish_rows(folder)
+                tokens = _publish_rows(parts, folder / "rows")
                 draft.publish({"responses": len(hashes), "tokens": tokens, **asdict(self.config)})
             self.world.barrier()
         return f"{STAGE}/{plan.key[:12]}"
@@ -187,8 +190,11 @@ class Maker:
             for position in batch.positions:
                 record = work.records[position]
                 for side in record.sides:
-                    rows[response_hash(record, side)] = values[start : start + len(side.ids)]
+                    row = rows[response_hash(record, side)] = values[start : start + len(side.ids)]
                     start += len(side.ids)
+                    if not np.isfinite(row).all():
+                        what = "the reference log-odds of a response are not finite"
+                        raise BnfctlError(what, where=f"record {record.id}", hint="try --dtype float32")
         if name:
             table = pa.table({"response": list(rows), "log_odds": list(rows.values())}, schema=SCHEMA)
             shards.write_table(parts / f"{name[0]:07d}.parquet", table)
@@ -223,13 +229,13 @@ def _read(artifact: Artifact, wanted: Mapping[bytes, object], found: dict[bytes,
                 found[hash_] = values[offsets[row] : offsets[row + 1]].copy()
 
 
-def _publish_rows(folder: Path) -> int:
+def _publish_rows(parts: Path, target: Path) -> int:
     """Parts -> shards in the order of the hashes; returns the number of tokens."""
     rows: dict[bytes, np.ndarray] = {}
-    for hashes, offsets, values in _tables(sorted((folder / "scratch" / "parts").glob("*.parquet"))):
+    for hashes, offsets, values in _tables(sorted(parts.glob("*.parquet"))):
         for row, hash_ in enumerate(hashes):
             rows[hash_] = values[offsets[row] : offsets[row + 1]]
     ordered = sorted(rows)
     table = pa.table({"response": ordered, "log_odds": [rows[hash_] for hash_ in ordered]}, schema=SCHEMA)
-    shards.write_table_shards(folder / "rows", table)
+    shards.write_table_shards(target, table)
     return sum(len(values) for values in rows.values())

@@ -9,22 +9,24 @@ from typing import Any
 
 import torch
 
+from bnfctl import footprint
 from bnfctl.artifact import Pinned, Store
 from bnfctl.config import ReferenceConfig, TrainConfig
+from bnfctl.data.chat import read_config
 from bnfctl.data.records import Record, Side
 from bnfctl.losses import Loss
 from bnfctl.model.adapters import Lora, add_adapters, without_adapters
+from bnfctl.model.head import CHUNK_ELEMENTS
 from bnfctl.model.loading import choose_packing, load_model, padded_attention
 from bnfctl.model.policy import Policy, check_parts, set_attention
 from bnfctl.model.pretrained import torch_dtype
 from bnfctl.model.sharding import empty_policy_model, layers, load_rows, shard
+from bnfctl.shape import shape_of
 from bnfctl.training import reference
 from bnfctl.training.batches import Kept, Layout, Plan, Work, all_sides
+from bnfctl.training.checks import check_parameters
 from bnfctl.training.objective import partners
 from bnfctl.training.world import World
-
-MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Tokens of a micro-batch where `--micro-tokens` says nothing: on a CPU, more no longer fits its caches."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,13 @@ def prepare(
     budget: int | None = None,
 ) -> Run:  # fmt: skip
     """Model, optimizer and reference.  budget: tokens of a micro-batch; None: as configured.  Collective."""
+    config = resolve(config, source.folder, world)
     sharded = config.parallel == "fsdp" and world.size > 1
     policy = load(config, source.folder, world, sharded)
     packed = choose_packing(policy, config.layout, config.attention, str(source.folder))
     rows = packed and policy.attends_rows
     layout = Layout(packed, rows, rows and config.share_prompt)
-    budget = budget or config.micro_tokens or MICRO_TOKENS[policy.device.type]
+    budget = budget or config.micro_tokens or footprint.MICRO_TOKENS[policy.device.type]
     splits = make_splits(loss, plan, test_set if config.eval_every else [], layout, budget, world)
     stored: reference.Reference | None = None
     refs: list[str] = []
@@ -75,7 +78,7 @@ def prepare(
         else:
             kind = ReferenceConfig(
                 str(policy.compute_dtype).removeprefix("torch."), policy.device.type, policy.attention, packed,
-                sharded and policy.compute_dtype != torch.float32, config.quantize,
+                policy.compute_dtype != torch.float32 and (sharded or bool(config.lora)), config.quantize,
             )  # fmt: skip
             maker = reference.Maker(source.store, source.pinned, kind, layout, budget, world)
             stored, refs = maker.cached(policy, splits)
@@ -85,13 +88,28 @@ def prepare(
     return Run(config, loss, plan, policy, optimizer, splits, stored, refs, world, sharded)
 
 
+def resolve(config: TrainConfig, folder: Path, world: World) -> TrainConfig:
+    """The config with its `auto` fields decided by what the model needs and each device has."""
+    memory = None
+    if world.device.type == "cuda":
+        memory = -int(world.max(torch.tensor(-torch.cuda.mem_get_info(world.device)[1], device=world.device)))
+    machine = footprint.Machine(world.size, memory, world.device.type, CHUNK_ELEMENTS[world.device.type])
+    chosen = footprint.resolve(shape_of(read_config(folder)), config, machine)
+    if world.size > 1 or chosen.activation_checkpointing == "on":
+        recomputed = ", activation checkpointing" if chosen.activation_checkpointing == "on" else ""
+        world.say(f"{world.size} {'ranks' if world.size > 1 else 'rank'}, {chosen.parallel}{recomputed}")
+    return chosen
+
+
 def load(config: TrainConfig, folder: Path, world: World, sharded: bool, adapters: bool = True) -> Policy:
     """The policy as training starts, its adapters in, on this rank's device: whole, or this rank's rows of it."""
     attention = padded_attention(folder, config.attention)
     if sharded:
         model = empty_policy_model(folder, attention=attention, trust_remote_code=config.trust_remote_code)
     else:
-        model = load_model(folder, attention, config.trust_remote_code, world.device, quantized(config))
+        # A frozen base needs no float32 masters.
+        stored = torch_dtype(config.dtype) if config.lora else torch.float32
+        model = load_model(folder, stored, attention, config.trust_remote_code, world.device, quantized(config))
     if config.lora and adapters:
         add_adapters(model, lora_of(config), config.seed)
     policy = Policy(model, torch_dtype(config.dtype))
@@ -100,13 +118,12 @@ def load(config: TrainConfig, folder: Path, world: World, sharded: bool, adapter
         load_rows(policy, folder, world.device)
     else:
         policy.to(world.device)
+    check_parameters(policy, folder)
     check_parts(policy, str(folder))
     return policy
 
 
-def live_reference(
-    config: TrainConfig, policy: Policy, folder: Path, world: World, sharded: bool
-) -> reference.Live:
+def live_reference(config: TrainConfig, policy: Policy, folder: Path, world: World, sharded: bool) -> reference.Live:
     """The policy with its adapters off, else a second model, in the same layout."""
     if config.lora:
         return reference.Live(policy, lambda: without_adapters(policy.model))
@@ -173,8 +190,9 @@ def make_optimizer(config: TrainConfig, policy: Policy) -> torch.optim.Optimizer
     ]
     settings: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.optimizer == "adamw-8bit":
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit
 
         optimizer: torch.optim.Optimizer = AdamW8bit(groups, **settings)
         return optimizer
-    return torch.optim.AdamW(groups, **settings)
+    # fused: one pass over the numbers, and no temporary copies of all parameters.
+    return torch.optim.AdamW(groups, **settings, fused=True)

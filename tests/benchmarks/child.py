@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from bnfctl.data.records import Record
 from tests.benchmarks import heads, ours, padded, peers
+from tests.benchmarks.clock import count_cpu_time, resident_mib
 from tests.benchmarks.job import MEGA, Job, NotRunError, Outcome, Timing
 from tests.benchmarks.shapes import SHAPES, make_model, read_records
 
@@ -20,6 +20,8 @@ def main(job_path: Path, outcome_path: Path) -> None:
         make_model(Path(job.folder), SHAPES[job.name])
         Outcome().write(outcome_path)
         return
+    if job.cpu_time:
+        count_cpu_time()
     try:
         outcome = _measure(job)
     except NotRunError as error:
@@ -37,11 +39,11 @@ def _measure(job: Job) -> Outcome:
 
     _load(job)
     records = read_records(Path(job.folder).parent / "records.json")[: job.limit]
-    start = _resident_mib()
+    start = resident_mib()
     if job.probe:
         return _fastest(job, records)
     timing = _run(job, records)
-    peak = torch.cuda.max_memory_allocated() / MEGA if job.device != "cpu" else _resident_mib()
+    peak = torch.cuda.max_memory_allocated() / MEGA if job.device != "cpu" else timing.peak_mib or resident_mib()
     return Outcome(timing.train, timing.reference, peak, start, _peak_flops(job), job.rows, timing.note)
 
 
@@ -88,11 +90,6 @@ def _fastest(job: Job, records: list[Record]) -> Outcome:
     tried = {rows: seconds(rows) for rows in job.probe}
     note = ", ".join(f"{rows}: {time:.2f} s" for rows, time in tried.items())
     return Outcome(rows=min(tried, key=tried.__getitem__), note=note)
-
-
-def _resident_mib() -> float:
-    """Peak resident memory so far (Linux counts KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ and plain cross-entropy on [N, V] logits."""
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.clock import now
 from tests.benchmarks.job import Job, Timing
 
 NAMES = ("head-one-pass", "head-recompute", "head-appendix-b", "head-cross-entropy")
@@ -28,11 +28,11 @@ def run(job: Job) -> Timing:
     step = HEADS[job.name](*_inputs(job))
     seconds = []
     for _ in range(RUNS + 1):
-        started = time.perf_counter()
+        started = now()
         step()
         if job.device != "cpu":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(now() - started)
     return Timing(min(seconds[1:]), None, NOTES[job.name])
 
 

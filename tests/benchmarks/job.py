@@ -31,6 +31,8 @@ class Job:
     """Peers: instead of a timing, find the fastest of these numbers of rows."""
     limit: int | None = None
     """Take the first pairs only."""
+    cpu_time: bool = False
+    """Count CPU seconds instead of the wall's."""
     lr: float = 1e-6
 
     def write(self, path: Path) -> None:
@@ -51,6 +53,8 @@ class Timing:
     reference: float | None = None
     """Seconds of a reference pass of its own; None where there is none."""
     note: str = ""
+    peak_mib: float | None = None
+    """Peak resident memory at the end of the last step, where more happens after it."""
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from bnfctl.data.records import Record
+from tests.benchmarks.clock import now
 from tests.benchmarks.job import Job, NotRunError, Timing
 
 NAMES = ("appendix-b", "liger-sft", "liger-dpo")
@@ -84,7 +84,7 @@ def train(job: Job, records: list[Record]) -> Timing:
     reference = None if job.name == "liger-sft" else model().requires_grad_(False)
     loss = LOSSES[job.name](policy, reference)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=job.lr, weight_decay=0.0)
-    started = time.perf_counter()
+    started = now()
     for first in range(0, len(records), job.batch_pairs):
         step = records[first : first + job.batch_pairs]
         optimizer.zero_grad(set_to_none=True)
@@ -97,7 +97,7 @@ def train(job: Job, records: list[Record]) -> Timing:
         optimizer.step()
     if job.device != "cpu":
         torch.cuda.synchronize()
-    return Timing(time.perf_counter() - started, None, NOTES[job.name])
+    return Timing(now() - started, None, NOTES[job.name])
 
 
 def _appendix_b(policy: Any, reference: Any) -> Callable[[Batch], Any]:

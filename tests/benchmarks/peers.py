@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from bnfctl.data.records import Record
-from tests.benchmarks.clock import clocked
+from tests.benchmarks.clock import clocked, now
 from tests.benchmarks.job import Job, NotRunError, Timing
 from tests.benchmarks.shapes import text
 
@@ -47,9 +46,9 @@ def train(job: Job, records: list[Record]) -> Timing:
         os.chdir(work)
         trainer, reference = _trainer(job, records, Path(work))
         _check(trainer.train_dataset, records)
-        started = time.perf_counter()
+        started = now()
         trainer.train()
-        return Timing(time.perf_counter() - started, reference, NOTES.get(job.name, ""))
+        return Timing(now() - started, reference, NOTES.get(job.name, ""))
 
 
 def _trainer(job: Job, records: list[Record], work: Path) -> tuple[Any, float | None]:

@@ -8,7 +8,8 @@ step, no activation checkpointing, no evaluation, nothing saved while the clock 
 over float32 masters on a GPU.  Peers run at their fastest batch size, found by a short probe.  Tokens are prompt +
 response of both sequences of every pair, for everyone.  Rounds go through all trainers in turn, and the fastest
 round of each counts.  --part linear: half the data should cost half.  --part budget: the largest micro-batch that
-fits on the GPU.  The table goes to stdout, the same numbers to --out as CSV.
+fits on the GPU.  On a machine with other load, --threads 1 --cpu-time counts CPU seconds.
+The table goes to stdout, the same numbers to --out as CSV.
 """
 
 from __future__ import annotations
@@ -136,6 +137,7 @@ class Bench:
             batch_pairs=self.args.batch_pairs,
             micro_tokens=self.args.micro_tokens or (HEAD_TOKENS[self.args.device] if name in heads.NAMES else None),
             share_prompt=self.args.share_prompt,
+            cpu_time=self.args.cpu_time,
         )
 
     def run(self, job: Job) -> Outcome:
@@ -239,6 +241,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="peers: rows per forward pass, without a probe")
     parser.add_argument("--repeat", type=int, default=2, help="rounds; the fastest counts")
     parser.add_argument("--threads", type=int, default=CORES, help="of every process")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, for a busy machine; with --threads 1")
     parser.add_argument("--peak-tflops", type=float, help="of the device, where it is not known")
     parser.add_argument("--out", type=Path, help="CSV")
     args = parser.parse_args(argv)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bnfctl import tables
@@ -16,10 +17,11 @@ from bnfctl.config import TrainConfig
 from bnfctl.data.records import Record, Side
 from bnfctl.errors import BnfctlError, UsageError
 from bnfctl.losses import make
-from bnfctl.model.loading import load_policy
 from bnfctl.training.batches import Plan
-from bnfctl.training.loop import adamw, learning_rate, prepare, take_step, train
-from tests.training.data import make_records
+from bnfctl.training.loop import learning_rate, take_step
+from bnfctl.training.setup import load, make_optimizer
+from tests.model.tiny import VOCABULARY, write_model
+from tests.training.data import ALONE, make_records, prepare, train
 
 
 def lines(work: Path, split: str = "train") -> list[dict[str, Any]]:
@@ -84,7 +86,7 @@ def test_a_short_last_batch_divides_by_its_own_denominator(model_dir: Path, tmp_
     short = list(plan.batches())[-1]
     train(plan.config, model_dir, records, [], tmp_path)
     alone = config(epochs=1, batch_size=3, lr=0)
-    run = prepare(alone, make("bnf"), Plan(alone, [records[p] for p in short]), [], model_dir, tmp_path / "alone")
+    run = prepare(alone, make("bnf"), [records[p] for p in short], [], model_dir, tmp_path / "alone")
     line = take_step(run, [0, 1, 2], 1, log=True)
     for key in ("objective", "grad_norm", "tokens", "records"):
         assert lines(tmp_path)[-1][key] == pytest.approx(line[key], rel=1e-5, abs=1e-6), key
@@ -104,7 +106,7 @@ def test_the_papers_learning_rate_moves_float32_masters(dtype: str, model_dir: P
     """5e-7 is far below bfloat16's resolution: an update of bfloat16 parameters would vanish."""
     asked = config(lr=5e-7, epochs=1, save_dtype="float32", dtype=dtype)
     train(asked, model_dir, make_records(16), [], tmp_path)
-    before = load_policy(model_dir).model
+    before = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert after.dtype == torch.float32
     for name, parameter in after.named_parameters():
@@ -118,7 +120,7 @@ def test_clip_bounds_the_update_but_not_the_reported_norm(model_dir: Path, tmp_p
     norms = {}
     for clip in (0.0, 1e-3):
         asked = config(clip=clip, lr=0)
-        run = prepare(asked, make("bnf"), Plan(asked, records), [], model_dir, tmp_path / str(clip))
+        run = prepare(asked, make("bnf"), records, [], model_dir, tmp_path / str(clip))
         line = take_step(run, list(range(8)), 1, log=True)
         left = torch.nn.utils.get_total_norm([p.grad for p in run.policy.model.parameters() if p.grad is not None])
         norms[clip] = (line["grad_norm"], float(left))
@@ -166,7 +168,7 @@ def test_sft_leaves_out_records_without_a_chosen_response(
     summary = train(config(loss="sft", epochs=1), model_dir, records, [], tmp_path)
     assert (summary["records"], summary["records_left_out"]) == (5, 5)
     assert "5 records have no response" in capsys.readouterr().err
-    assert not (tmp_path / "scratch" / "reference.safetensors").exists()
+    assert not (tmp_path / "home").exists(), "no reference without a use for it"
     with pytest.raises(UsageError, match="finds no chosen response"):
         train(config(loss="sft"), model_dir, records[1::2], [], tmp_path / "none")
 
@@ -185,12 +187,50 @@ def test_dpo_needs_pairs(model_dir: Path, tmp_path: Path) -> None:
         (Record("x", [4], (Side(1, []),)), "at least one token"),
         (Record("x", [4], ()), "at least one token"),
         (Record("x", [4] * 20, (Side(1, [4]), Side(-1, [5] * 13))), "33 tokens; --max-length is 32"),
+        (Record("x", [4], (Side(1, [4]), Side(-1, [VOCABULARY]))), "token 307 is not in the model's vocabulary of 307"),
+        (Record("x", [999, 4], (Side(1, [4]),)), "token 999 is not in"),
+        (Record("x", [4], (Side(1, [4, -100]),)), "token -100 is not in"),
     ],
 )
 def test_records_that_cannot_be_trained_on(record: Record, says: str, model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=says) as caught:
         train(config(max_length=32), model_dir, [record], [], tmp_path)
     assert caught.value.where == "record x"
+    assert not list(tmp_path.iterdir())
+    # A record of the test split is refused where there is a report on it, and else not looked at.
+    asked = config(max_length=32, eval_every=2)
+    with pytest.raises(UsageError, match=says):
+        train(asked, model_dir, make_records(2), [record], tmp_path)
+
+
+@pytest.mark.parametrize("label", [1, -1])
+@pytest.mark.parametrize("loss", sorted(name for name in tables.LOSSES if not make(name).needs_pairs))
+def test_all_responses_of_one_label(loss: str, label: int, model_dir: Path, tmp_path: Path) -> None:
+    records = [r for r in make_records(16, pairs=False) if r.sides[0].label == label]
+    if label not in make(loss).labels:
+        with pytest.raises(UsageError, match="finds no chosen response"):
+            train(config(loss=loss), model_dir, records, [], tmp_path)
+        return
+    train(config(loss=loss, epochs=2), model_dir, records, [], tmp_path)
+    first, last = lines(tmp_path)
+    own, other = ("chosen", "rejected") if label > 0 else ("rejected", "chosen")
+    assert (last[f"logp_{own}"] - first[f"logp_{own}"]) * label > 0
+    assert first[f"logp_{other}"] is first[f"objective_{other}"] is None
+
+
+@pytest.mark.parametrize("loss", ["sft", "bnf"])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_parameters_that_are_not_finite(number: float, loss: str, tmp_path: Path) -> None:
+    """In a row that no record uses, too: the softmax of any token would have it."""
+    folder = write_model(tmp_path / "m", tie_word_embeddings=False)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"][300, 5] = number
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"lm_head\.weight has numbers that are not finite") as caught:
+        train(config(loss=loss), folder, make_records(4), [], tmp_path / "work")
+    assert caught.value.where == str(folder)
+    assert not (tmp_path / "work" / "home").exists()
 
 
 def test_a_number_that_is_not_finite_stops_the_run(model_dir: Path, tmp_path: Path) -> None:
@@ -198,6 +238,18 @@ def test_a_number_that_is_not_finite_stops_the_run(model_dir: Path, tmp_path: Pa
         train(config(lr=1e30, warmup=0, clip=0), model_dir, make_records(16), [], tmp_path)
     assert caught.value.hint is not None and "--lr" in caught.value.hint
     assert not (tmp_path / "model").exists()
+
+
+def test_logits_that_overflow_make_no_reference(tmp_path: Path) -> None:
+    """Finite parameters whose products are not."""
+    folder = write_model(tmp_path / "m", tie_word_embeddings=False)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"][300] = 3e38
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="the logits of this LlamaForCausalLM are not finite"):
+        train(config(), folder, make_records(4), [], tmp_path / "work")
+    assert not list((tmp_path / "work" / "home").glob("reference/*"))
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
@@ -212,7 +264,7 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
 
 def test_every_optimizer_field_arrives(model_dir: Path) -> None:
     asked = config(lr=0.5, beta1=0.6, beta2=0.7, eps=0.25, weight_decay=0.125)
-    matrices, vectors = adamw(asked, load_policy(model_dir)).param_groups
+    matrices, vectors = make_optimizer(asked, load(asked, model_dir, ALONE, sharded=False)).param_groups
     for group, decay in ((matrices, 0.125), (vectors, 0.0)):
         assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.5, (0.6, 0.7), 0.25, decay)
     assert {p.ndim for p in matrices["params"]} == {2} and {p.ndim for p in vectors["params"]} == {1}

@@ -1,0 +1,106 @@
+"""Kills a training on two ranks at seeded random moments, resumes it each time, and compares digests.
+
+    PYTHONPATH=. python tests/rank_kills.py FOLDER COUNT ddp|fsdp
+
+A victim is the command itself or one of its ranks.  Prints one JSON line: {"kills": COUNT, "bad": [what went wrong],
+"checkpoints": at how many of them a later run went on}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bnfctl.artifact import Store
+from tests import crashes
+
+
+def children(pid: int) -> list[int]:
+    """Processes that `pid` has started."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def command(home: Path, data: str, parallel: str) -> list[str]:
+    """Some 60 steps, a checkpoint at every fifth."""
+    return [
+        *(sys.executable, "-m", "bnfctl", "train", "--model", "lab", "--data", data, "--home", str(home)),
+        *("--devices", "2", "--parallel", parallel, "--lr", "1e-3", "--batch-size", "2", "--epochs", "20"),
+        *("--save-every", "5", "--eval-every", "20"),
+    ]
+
+
+def attempt(argv: list[str], kill_after: float | None, draw: random.Random) -> tuple[int, str, int | None]:
+    """(exit code, stderr, victim's rank or -1 for the command itself; None where it ended first)."""
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _, err = process.communicate(timeout=kill_after or 600)
+        return process.returncode, err, None
+    except subprocess.TimeoutExpired:
+        ranks = children(process.pid)
+        victim = draw.choice([process.pid, *ranks])
+        os.kill(victim, signal.SIGKILL)
+        _, err = process.communicate(timeout=90)
+        deadline = time.monotonic() + 60
+        while any(map(alive, ranks)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(alive, ranks)), "a rank outlives its training by a minute"
+        return process.returncode, err, -1 if victim == process.pid else ranks.index(victim)
+
+
+def digest(home: Path) -> str:
+    (made,) = Store(home).artifacts("train")
+    assert made.verify() == []
+    return made.manifest.digest
+
+
+def main(folder: Path, count: int, parallel: str, seed: int = 0) -> dict[str, Any]:
+    folder.mkdir(parents=True, exist_ok=True)
+    config, before = crashes.prepare("train", folder)
+    bad: list[str] = []
+    homes = {name: folder / name for name in ("calm", "killed")}
+    for home in homes.values():
+        subprocess.run(["cp", "-r", str(before), str(home)], check=True)
+    draw = random.Random(seed)
+    started = time.monotonic()
+    code, err, _ = attempt(command(homes["calm"], config.data, parallel), None, draw)
+    assert code == 0, err
+    seconds = time.monotonic() - started
+    argv = command(homes["killed"], config.data, parallel)
+    kills, resumed = 0, set()
+    while kills < count:
+        # Half of the time goes into starting; what a kill costs is made up for by the checkpoints.
+        code, err, victim = attempt(argv, draw.uniform(0.3, 1.0) * seconds, draw)
+        resumed |= set(re.findall(r"resuming after step (\d+)", err))
+        if victim is None:
+            subprocess.run(["rm", "-r", str(homes["killed"] / "train")], check=True)  # it was quicker: start over
+            continue
+        kills += 1
+        if victim >= 0 and (code != 1 or f"rank {victim} was ended by SIGKILL" not in err):
+            bad.append(f"kill {kills} of rank {victim}: exit {code}: {err[-300:]}")
+    code, err, _ = attempt(argv, None, draw)
+    resumed |= set(re.findall(r"resuming after step (\d+)", err))
+    if code or digest(homes["killed"]) != digest(homes["calm"]):
+        bad.append(f"exit {code}: another result than without kills: {err[-300:]}")
+    return {"kills": kills, "bad": bad, "checkpoints": len(resumed), "seconds": round(seconds, 1)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])))
