@@ -43,7 +43,7 @@ class Footprint:
     activations: float
     """Kept for the backward, with autocast's narrow copies of the matrices."""
     workspace: float
-    """What that moment works with: the head's chunk of logits and gradient, a layer's backward, AdamW's own."""
+    """What that moment works with: the head's chunk of logits and gradient, or a layer's backward."""
     moment: str
     """Which one it is, in words."""
 
@@ -94,13 +94,18 @@ class _Step:
 
     @property
     def autocast(self) -> bool:
-        """Whether products are made on narrow copies of float32 masters; FSDP2 gathers narrow parameters instead."""
+        """Whether products are made on narrow copies of float32 parameters; FSDP2 gathers narrow ones instead."""
         return self.compute == 2 and not self.sharded
 
     @property
+    def masters(self) -> bool:
+        """Whether these float32 parameters are the model's own, not adapters beside a frozen base in the compute type."""
+        return self.autocast and not self.config.lora
+
+    @property
     def residual(self) -> int:
-        """Bytes of a number between layers: the embedding's type, narrow only where FSDP2 gathered it so."""
-        return 4 if self.autocast else self.compute
+        """Bytes of a number between layers: the embedding's type."""
+        return 4 if self.masters else self.compute
 
     @property
     def trained(self) -> int:
@@ -108,15 +113,21 @@ class _Step:
         return self.shape.lora_parameters(config.lora, config.lora_targets) if config.lora else self.shape.parameters
 
     @property
+    def trained_linears(self) -> Mapping[str, tuple[int, int]]:
+        """The linears of a layer whose input the gradient of trained numbers needs."""
+        return self.shape.lora_modules(self.config.lora_targets) if self.config.lora else self.shape.linears
+
+    @property
     def stored(self) -> float:
-        """Parameters, whole, with adapters."""
+        """Parameters, whole, with adapters.  A frozen base is loaded in the compute type, but FSDP2's rows are float32."""
         shape, lora = self.shape, bool(self.config.lora)
+        size = self.compute if lora and not self.sharded else 4
         if self.config.quantize == "4bit":
             # bitsandbytes quantizes the layers' linear modules; embeddings, norms and head stay what they are loaded as.
             matrices = shape.layers * shape.layer_matrices
-            base = _NF4 * matrices + 4 * (shape.parameters - matrices)
+            base = _NF4 * matrices + size * (shape.parameters - matrices)
         else:
-            base = 4.0 * shape.parameters
+            base = float(size * shape.parameters)
         live = 4.0 * shape.parameters if self.config.reference == "live" and not lora else 0.0
         return base + live + (4 * self.trained if lora else 0)
 
@@ -128,9 +139,6 @@ class _Step:
         group = narrow if self.sharded else 0
         # The head runs while the last all-gather's buffer is still held for the overlap with the next one.
         yield self._at("in the head", root + group, kept, self.head_work)
-        if self.autocast and self.checkpointed and not self.config.lora:
-            # Autocast caches every narrow copy until its region ends, at the end of the body.
-            yield self._at("at the end of the forward", 0, kept + 2 * shape.layers * shape.layer_matrices, 0)
         # A layer, the prefetched next one and its all-gather buffer; gradients of the head and of the layer in the
         # compute type, and a layer's float32 input of the reduce-scatter.
         unreduced = 0 if self.config.lora else self.compute * shape.matrix + narrow + wide
@@ -141,9 +149,7 @@ class _Step:
             # Last of all the root: parameters and gradients in the compute type, float32 input of the reduce-scatter.
             whole = 4 * shape.root_parameters
             yield self._at("as the root's gradients are reduced", 2 * root + whole, 0, whole / self.shards)
-        # torch's AdamW takes the roots of all second moments at once on a GPU; bitsandbytes' works in place.
-        roots = 4 * self.trained / self.shards if self.device == "cuda" and self.config.optimizer == "adamw" else 0
-        yield self._at("in AdamW's step", 0, 0, roots)
+        # Never in the optimizer's step: both of them work in place.
 
     def _at(self, moment: str, gathered: float, activations: float, workspace: float) -> Footprint:
         trained = self.trained / self.shards
@@ -154,8 +160,14 @@ class _Step:
 
     @property
     def copies(self) -> int:
-        """Narrow copies of a layer's matrices, saved by its products under autocast."""
-        return 2 * self.shape.layer_matrices if self.autocast and self.config.quantize == "none" else 0
+        """Narrow copies of a layer's float32 matrices, or of its adapters, saved by its products under autocast."""
+        lora, linears = self.config.lora, self.trained_linears.values()
+        return 2 * sum(lora * (a + b) if lora else a * b for a, b in linears) if self.autocast else 0
+
+    @property
+    def widened(self) -> bool:
+        """Whether peft makes a float32 copy of what an adapter reads, which autocast narrows again; not on 4-bit bases."""
+        return self.autocast and bool(self.config.lora) and self.config.quantize == "none"
 
     @property
     def kept(self) -> float:
@@ -183,17 +195,19 @@ class _Step:
         norms = shape.norms * self._norm(shape.hidden)
         if shape.qk_norms:
             norms += self._norm(shape.q_width) + self._norm(shape.kv_width)
-        # What q, k, v, gate and up read: under autocast each of them its own narrow copy, else one for each norm.
-        read = (5 if self.autocast else 2) * size * shape.hidden
+        # What q, k, v, gate and up read: each of them its own narrow copy, else one for each norm.
+        readers = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}]
+        copied = self.masters or self.widened
+        read = size * shape.hidden * sum(len(g & self.trained_linears.keys()) if copied else bool(g & self.trained_linears.keys()) for g in readers)
         # Attention keeps query, key, value, result and log-sum-exp; o_proj reads the result put back in order.
         # A CPU has no kernel for grouped heads: keys and values are repeated.
         kv = shape.kv_width if self.device == "cuda" else shape.q_width
-        attention = size * (3 * shape.q_width + 2 * kv) + 4 * shape.heads
+        attention = size * ((2 + ("o_proj" in self.trained_linears)) * shape.q_width + 2 * kv) + 4 * shape.heads
         if shape.softcap and self.config.attention in ("auto", "sdpa", "eager"):
             # Scores in full: tanh's result, the softmax in float32 and its narrow copy, the mask's bool.
             attention += shape.heads * self.config.max_length * (2 * size + 4 + 1)
         # act(gate) keeps gate; the product keeps act(gate) and up; down reads the product.
-        mlp = 4 * size * shape.intermediate
+        mlp = (3 + ("down_proj" in self.trained_linears)) * size * shape.intermediate
         adapters = size * self.config.lora * len(shape.lora_modules(self.config.lora_targets))
         return norms + read + attention + mlp + adapters
 
@@ -212,7 +226,7 @@ class _Step:
         if not self.config.lora:
             # The sum over the chunks, and on a GPU the product that is added to it.
             work += 4 * shape.matrix * (2 if size == 2 else 1)
-        if self.autocast:
+        if self.masters:
             work += 2 * shape.matrix
         # Logits and softmax in float32, the softmax's narrow copy; three [n, H] in float32.
         return work + n * shape.vocabulary * (8 + (2 if size == 2 else 0)) + 3 * 4 * n * shape.hidden

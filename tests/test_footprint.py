@@ -84,7 +84,7 @@ def tracked_peak(raw: dict[str, Any], config: TrainConfig) -> int:
         if config.parallel == "fsdp":
             sharding.shard(policy, config.devices or 1, "cpu")
         parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-6, foreach=True)  # torch's own choice on a GPU
+        optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)  # as setup.make_optimizer
         sequences = packed(tokens, 4)
 
         def forward() -> torch.Tensor:
@@ -105,8 +105,9 @@ def on_meta(raw: dict[str, Any], config: TrainConfig) -> Policy:
     attention.register()
     sizes = {name: value for name, value in raw.items() if name != "model_type"}
     made = AutoConfig.for_model(raw["model_type"], **sizes)
+    kind = getattr(torch, config.dtype) if config.lora and config.parallel != "fsdp" else torch.float32  # setup.load
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(made, attn_implementation=attention.NAME, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(made, attn_implementation=attention.NAME, dtype=kind).eval()
     if config.lora:
         add_adapters(model, setup.lora_of(config), 0)
     return Policy(model, getattr(torch, config.dtype))

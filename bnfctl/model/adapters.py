@@ -104,8 +104,8 @@ def merged(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     return out
 
 
-def save_adapter(state: dict[str, Tensor], lora: Lora, base: str, folder: Path, dtype: torch.dtype) -> None:
-    """adapter_model.safetensors and adapter_config.json, as peft and vLLM read them.  base: hub id or path."""
+def save_adapter(state: dict[str, Tensor], lora: Lora, base: str | None, folder: Path, dtype: torch.dtype) -> None:
+    """adapter_model.safetensors and adapter_config.json, as peft and vLLM read them.  base: hub id, where it has one."""
     folder.mkdir(parents=True, exist_ok=True)
     adapters = {
         f"base_model.model.{name.replace('.default.', '.')}": value.to(dtype).contiguous()

@@ -104,23 +104,17 @@ def _sampled_from(data: Pinned) -> Pinned | None:
 
 
 def _short(pinned: Pinned) -> str:
-    if pinned.kind == "hub-model":
-        return split_revision(pinned.ref)[0].split("/")[-1]
-    if pinned.kind == "artifact":
-        return "model"
-    return Path(pinned.ref).name or "model"
+    return split_revision(pinned.ref)[0].split("/")[-1] if pinned.kind in ("hub-model", "lab") else "model"
 
 
 def _named(pinned: Pinned) -> str:
-    """An input in words: a name that means the same elsewhere, and its pin; of a path only the last part."""
+    """An input in words that mean the same elsewhere, and its pin; nothing of a path, which is not in the key."""
     name, commit = split_revision(pinned.ref)
     if pinned.kind in ("hub-model", "hub-data"):
         kind = "datasets/" if pinned.kind == "hub-data" else ""
         return f"[{name}](https://huggingface.co/{kind}{name}) at commit `{commit}`"
-    if pinned.kind == "artifact":
-        return f"{pinned.ref.split('/')[0]} artifact, digest `{pinned.digest}`"
-    where = f"`{pinned.ref}` of bnfctl" if pinned.kind == "lab" else f"{pinned.kind} `{Path(pinned.ref).name}`"
-    return f"{where}, digest `{pinned.digest}`"
+    kinds = {"artifact": f"{pinned.ref.split('/')[0]} artifact", "lab": f"`{pinned.ref}` of bnfctl"}
+    return f"{kinds.get(pinned.kind, pinned.kind)}, digest `{pinned.digest}`"
 
 
 def _title(config: TrainConfig, model: Pinned) -> str:

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-from bnfctl import footprint, hub, losses
+from bnfctl import durable, footprint, hub, losses
 from bnfctl.artifact import Artifact, Draft, Plan, Store
 from bnfctl.config import PUBLISHED_SETS, BuildConfig, TrainConfig
 from bnfctl.data.chat import read_config
@@ -17,6 +17,7 @@ from bnfctl.machine import gpu_memory, has_gpu, place, resolve_dtype, visible_gp
 from bnfctl.model.source import model_dir, pin_model
 from bnfctl.shape import shape_of
 from bnfctl.stages import Prerequisite
+from bnfctl.training import tracking
 
 STAGE, VERSION = "train", 2
 
@@ -68,6 +69,7 @@ def _check_options(config: TrainConfig) -> None:
         if not has_gpu():
             what = "bitsandbytes trains on a GPU only: on a CPU its 4-bit products drop gradients, silently"
             raise UsageError(what, where="--quantize", hint="--quantize none")
+    tracking.check(config.track)
     narrow = [flag for flag, on in (("--quantize 4bit", config.quantize != "none"),
                                     ("--optimizer adamw-8bit", config.optimizer != "adamw")) if on]  # fmt: skip
     if narrow and config.parallel == "fsdp":
@@ -81,6 +83,8 @@ def _check_options(config: TrainConfig) -> None:
 def run(config: TrainConfig, draft: Draft) -> dict[str, Any]:
     """Write model/ and metrics.jsonl; returns the last figures.  Every rank runs it, in the same draft folder."""
     from bnfctl.data.tokens import check_digest, records
+    from bnfctl.model.card import FILE as CARD
+    from bnfctl.model.card import card
     from bnfctl.training.loop import train
     from bnfctl.training.setup import Source
     from bnfctl.training.world import joined
@@ -96,6 +100,8 @@ def run(config: TrainConfig, draft: Draft) -> dict[str, Any]:
                 world.say(f"{count} {_COUNTED[name]}")
         source = Source(folder, draft.inputs["model"], draft.store)
         summary = {**train(config, source, train_set, test_set, draft.path, world), **counts}
+        if world.main:
+            durable.write_bytes(draft.path / "model" / CARD, card(config, draft.inputs, summary).encode())
     draft.provenance.update(summary.pop("provenance"), engine=f"torch {version('torch')}")
     return summary
 

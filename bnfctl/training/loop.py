@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from bnfctl.training.metrics import MetricsFile, StepSums, line
 from bnfctl.training.objective import backward, forward, kl_sum
 from bnfctl.training.setup import Run, Source, prepare
 from bnfctl.training.speed import SpeedLog
+from bnfctl.training.tracking import Trackers
 from bnfctl.training.world import World
 
 DRIFT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -53,15 +55,13 @@ def train(
         with budget.halved_when_full(run, work, "before step 0"):
             budget.set_budget(run, budget.probe(run))
     state = checkpoint.restore(work, _asked(config), run.policy.model, run.optimizer, world)
-    metrics = MetricsFile(work / METRICS_FILE, state.metrics_bytes) if world.main else None
     if state.step:
         world.say(f"resuming after step {state.step} of {plan.steps}")
     if config.eval_every and not test_set:
         world.say("the test split is empty: no report on it")
-    with budget.halved_when_full(run, work, "while training"):
+    with _journal(run, work, state) as metrics, budget.halved_when_full(run, work, "while training"):
         seconds, tokens = _steps(run, state.step, metrics, work)
     saving.save(run, source, work / "model")
-    durable.sync_file(work / METRICS_FILE)
     return {
         "loss": config.loss,
         "steps": plan.steps,
@@ -72,16 +72,40 @@ def train(
         "final": metrics.last("train") if metrics else None,
         "test": metrics.last("test") if metrics else None,
         "provenance": {
-            "device": _device_name(run.policy.device),
-            "ranks": world.size,
-            "compute_dtype": str(run.policy.compute_dtype).removeprefix("torch."),
-            "attention": run.policy.attention,
-            "threads": torch.get_num_threads(),
-            "reference": run.reference_refs,
+            **_provenance(run),
             "resumed_from_step": state.step,
             "seconds": round(time.monotonic() - started, 3),
             "trained_tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         },
+    }
+
+
+@contextmanager
+def _journal(run: Run, work: Path, state: checkpoint.State) -> Iterator[MetricsFile | None]:
+    """metrics.jsonl, and the trackers that get a copy of it; None behind the main rank."""
+    if not run.world.main:
+        yield None
+        return
+    name = f"{run.config.loss}-{work.name.removeprefix('train-')}"
+    trackers = Trackers(run.config.track, name, work / "log", _asked(run.config), done=state.step)
+    try:
+        yield MetricsFile(work / METRICS_FILE, state.metrics_bytes, trackers.log)
+    finally:
+        trackers.finish()
+    durable.sync_file(work / METRICS_FILE)
+
+
+def _provenance(run: Run) -> dict[str, Any]:
+    """What computed it: outside the digest."""
+    device = run.policy.device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "ranks": run.world.size,
+        "parallel": "fsdp" if run.sharded else "ddp",
+        "compute_dtype": str(run.policy.compute_dtype).removeprefix("torch."),
+        "attention": run.policy.attention,
+        "threads": torch.get_num_threads(),
+        "reference": run.reference_refs,
     }
 
 
@@ -206,7 +230,3 @@ def _asked(config: TrainConfig) -> dict[str, Any]:
     """The fields of the run's key, as they come back from JSON (a tuple as a list)."""
     asked: dict[str, Any] = json.loads(options.canonical(options.key_fields(config)))
     return asked
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

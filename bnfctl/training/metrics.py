@@ -6,6 +6,7 @@ Deterministic values only; times and rates are in log/speed.jsonl.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +88,18 @@ def _ratio(total: float, count: float) -> float | None:
 class MetricsFile:
     """metrics.jsonl, cut back to the checkpoint that training resumes from."""
 
-    def __init__(self, path: Path, size: int) -> None:
-        """size: bytes that the checkpoint vouches for; what was written after it is dropped."""
+    def __init__(self, path: Path, size: int, also: Callable[[dict[str, Any]], None] | None = None) -> None:
+        """size: bytes that the checkpoint vouches for; what was written after it is dropped.  also: gets each line."""
         path.touch()
         with open(path, "r+b") as file:
             file.truncate(size)
-        self.path = path
+        self.path, self._also = path, also
 
     def append(self, line: dict[str, Any]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
+        if self._also is not None:
+            self._also(line)
 
     def last(self, split: str) -> dict[str, Any] | None:
         """The newest line of a split."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bnfctl import durable
+from bnfctl.hub import split_revision
 from bnfctl.model.adapters import merged, save_adapter
 from bnfctl.model.loading import checkpoint_dtype, copy_companions, empty, save_model
 from bnfctl.model.pretrained import DTYPES
@@ -20,8 +21,9 @@ def save(run: Run, source: Source, target: Path) -> None:
         dtype = checkpoint_dtype(source.folder) if config.save_dtype == "auto" else config.save_dtype
         if config.lora and config.lora_save == "adapter":
             empty(target)
-            base = source.pinned.ref if source.pinned.kind == "hub-model" else str(source.folder)
-            save_adapter(state, lora_of(config), base.split("@")[0], target, DTYPES[dtype])
+            # A path means nothing elsewhere, and would be in the digest.
+            base = split_revision(source.pinned.ref)[0] if source.pinned.kind == "hub-model" else None
+            save_adapter(state, lora_of(config), base, target, DTYPES[dtype])
             copy_companions(source.folder, target)
             durable.sync_tree(target)
         else:

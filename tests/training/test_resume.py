@@ -19,7 +19,7 @@ from bnfctl.training import loop, reference
 from tests.model.tiny import write_model
 from tests.training.data import make_records, train
 
-CONFIG = TrainConfig(model="m", lr=2e-3, batch_size=4, epochs=2, save_every=2, eval_every=3, micro_tokens=64)
+CONFIG = TrainConfig(model="m", lr=2e-3, batch_size=4, epochs=2, save_every=2, eval_every=3, micro_tokens=40)
 RECORDS, TEST_SET = make_records(11), make_records(3, seed=4)
 STEPS = 6
 
@@ -112,10 +112,10 @@ def boundaries(body: Callable[[], object], kill_at: int | None) -> int:
 
 
 def test_killed_along_the_durable_steps(model_dir: Path, tmp_path: Path, undisturbed: Path) -> None:
-    """Before and after fsyncs and renames of the reference, checkpoints and the model: every fifth of them."""
+    """Before and after fsyncs and renames of the reference, checkpoints and the model: every third of them."""
     total = boundaries(lambda: train(CONFIG, model_dir, RECORDS, TEST_SET, tmp_path / "count"), None)
     assert total > 20
-    for kill_at in range(1, total + 1, 5):
+    for kill_at in range(1, total + 1, 3):
         work = tmp_path / str(kill_at)
         with pytest.raises(Killed):
             boundaries(lambda work=work: train(CONFIG, model_dir, RECORDS, TEST_SET, work), kill_at)  # type: ignore[misc]
@@ -193,7 +193,7 @@ def test_a_killed_reference_goes_on_where_it_stopped(
     assert reference_of(tmp_path).manifest.digest == reference_of(undisturbed).manifest.digest
 
 
-@pytest.mark.parametrize("fields", [{"micro_tokens": 40}, {"share_prompt": False}])
+@pytest.mark.parametrize("fields", [{"micro_tokens": 25}, {"share_prompt": False}])
 def test_an_unfinished_reference_of_another_budget_or_layout_is_no_part_of_it(
     fields: dict[str, Any], model_dir: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
