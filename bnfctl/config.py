@@ -141,7 +141,7 @@ class TrainConfig:
     )  # fmt: skip
     share_prompt: bool = opt(True, help="Compute the prompt of a pair once. " + _SAME, key=False)
     micro_tokens: int | None = opt(
-        None, help="Tokens per micro-batch; default 2048 on a CPU, 16384 on a GPU. " + _SAME, key=False, low=1
+        None, help="Tokens per micro-batch; default 1024 on a CPU, 16384 on a GPU. " + _SAME, key=False, low=1
     )
     activation_checkpointing: str = opt(
         "auto", help="Compute layers again in the backward; auto: where memory asks for it. " + _SAME, key=False,

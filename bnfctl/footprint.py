@@ -22,7 +22,7 @@ USABLE = 0.92
 """Share of a GPU's memory that a training may plan with; the rest is the CUDA context, NCCL and fragmentation."""
 ASSUMED_MEMORY = 80 * GB
 """Of a GPU that nobody can ask: an A100 or H100."""
-MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
+MICRO_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Default of --micro-tokens."""
 _NF4 = 0.5 + 4 / 64
 """Bytes a parameter as bitsandbytes stores NF4: half a byte, and a float32 absmax for every block of 64."""
@@ -39,7 +39,7 @@ class Footprint:
     gradients: float
     optimizer: float
     gathered: float
-    """FSDP2: whole parameters of the root and of up to two layers, and gradients not yet reduced."""
+    """FSDP2: whole parameters of the root and a layer, the next layer's on their way, and gradients not yet reduced."""
     activations: float
     """Kept for the backward, with autocast's narrow copies of the matrices."""
     workspace: float
@@ -134,22 +134,22 @@ class _Step:
     def moments(self) -> Iterator[Footprint]:
         """What is held at each moment that may be the peak."""
         shape, tokens, kept = self.shape, self.tokens, self.kept
-        wide, narrow = 4 * shape.layer_parameters, self.compute * shape.layer_parameters
         root = self.compute * shape.root_parameters if self.sharded else 0
-        group = narrow if self.sharded else 0
+        group = self.compute * shape.layer_parameters if self.sharded else 0
         # The head runs while the last all-gather's buffer is still held for the overlap with the next one.
         yield self._at("in the head", root + group, kept, self.head_work)
-        # A layer, the prefetched next one and its all-gather buffer; gradients of the head and of the layer in the
-        # compute type, and a layer's float32 input of the reduce-scatter.
-        unreduced = 0 if self.config.lora else self.compute * shape.matrix + narrow + wide
-        gathered = root + 3 * group + unreduced
+        # A layer and the prefetched next one's all-gather buffer; the head's gradient in the compute type, and the layer
+        # before's in float32 as input of its reduce-scatter.  The final norm has let go of what it kept.
+        unreduced = 0 if self.config.lora else self.compute * shape.matrix + 4 * shape.layer_parameters
+        gathered = root + 2 * group + unreduced if self.sharded else 0
         again = self.layer_kept * tokens + self.copies if self.checkpointed else 0
-        yield self._at("in the backward", gathered if self.sharded else 0, kept, again + self.backward_work)
+        still = kept - self._norm(shape.hidden) * tokens
+        yield self._at("in the backward", gathered, still, again + self.backward_work)
         if self.sharded and not self.config.lora:
             # Last of all the root: parameters and gradients in the compute type, float32 input of the reduce-scatter.
             whole = 4 * shape.root_parameters
             yield self._at("as the root's gradients are reduced", 2 * root + whole, 0, whole / self.shards)
-        # Never in the optimizer's step: both of them work in place.
+        # Not the optimizer's step: fused AdamW works in place, and so does bitsandbytes'.
 
     def _at(self, moment: str, gathered: float, activations: float, workspace: float) -> Footprint:
         trained = self.trained / self.shards
@@ -196,26 +196,37 @@ class _Step:
         if shape.qk_norms:
             norms += self._norm(shape.q_width) + self._norm(shape.kv_width)
         # What q, k, v, gate and up read: each of them its own narrow copy, else one for each norm.
-        readers = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}]
-        copied = self.masters or self.widened
-        read = size * shape.hidden * sum(len(g & self.trained_linears.keys()) if copied else bool(g & self.trained_linears.keys()) for g in readers)
-        # Attention keeps query, key, value, result and log-sum-exp; o_proj reads the result put back in order.
+        trained = self.trained_linears.keys()
+        halves = [len({*half} & trained) for half in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))]
+        read = size * shape.hidden * sum(halves if self.masters or self.widened else map(bool, halves))
+        # Attention keeps query, key, value, result and log-sum-exp; o reads the result put back in order.
         # A CPU has no kernel for grouped heads: keys and values are repeated.
         kv = shape.kv_width if self.device == "cuda" else shape.q_width
-        attention = size * ((2 + ("o_proj" in self.trained_linears)) * shape.q_width + 2 * kv) + 4 * shape.heads
+        attention = size * ((2 + ("o_proj" in trained)) * shape.q_width + 2 * kv) + 4 * shape.heads
         if shape.softcap and self.config.attention in ("auto", "sdpa", "eager"):
             # Scores in full: tanh's result, the softmax in float32 and its narrow copy, the mask's bool.
             attention += shape.heads * self.config.max_length * (2 * size + 4 + 1)
         # act(gate) keeps gate; the product keeps act(gate) and up; down reads the product.
-        mlp = (3 + ("down_proj" in self.trained_linears)) * size * shape.intermediate
+        mlp = (3 + ("down_proj" in trained)) * size * shape.intermediate
         adapters = size * self.config.lora * len(shape.lora_modules(self.config.lora_targets))
         return norms + read + attention + mlp + adapters
 
     @property
     def backward_work(self) -> float:
-        """The first layer to go backward: gradients of the residual stream, and of the two factors in the MLP."""
-        shape = self.shape
-        return self.tokens * (2 * self.residual * shape.hidden + 2 * self.compute * shape.intermediate)
+        """The first layer to go backward: gradients of the residual stream, and of the two factors in the MLP.
+
+        Recomputed for down's adapter, it holds more before that: what the adapter reads, as it came and in float32, and
+        five of [H]: the gradient, plain and scaled, the residual stream, what the MLP reads, and what down gives.
+        """
+        shape, size = self.shape, self.compute
+        work = self.tokens * (2 * self.residual * shape.hidden + 2 * size * shape.intermediate)
+        if self.config.quantize == "4bit":
+            work += size * max(
+                inputs * outputs for inputs, outputs in shape.linears.values()
+            )  # made whole for a product
+        if self.checkpointed and self.widened and "down_proj" in self.trained_linears:
+            work = max(work, self.tokens * (5 * size * shape.hidden + (size + 4) * shape.intermediate))
+        return work
 
     @property
     def head_work(self) -> float:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bnfctl import durable
 
+T = TypeVar("T")
 SHARD_ROWS = 8192
 """Rows per shard: about 100 MB of candidates of 2,000 tokens."""
 
@@ -66,12 +67,18 @@ def write_shards(folder: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema
     return total + len(pending)
 
 
-def write_table_shards(folder: Path, table: pa.Table) -> None:
-    """`write_shards` for an Arrow table."""
+def cut(rows: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Rows in groups as large as a shard; one empty group where there are none."""
+    for start in range(0, max(1, len(rows)), SHARD_ROWS):
+        yield rows[start : start + SHARD_ROWS]
+
+
+def write_tables(folder: Path, tables: Iterable[pa.Table]) -> None:
+    """Arrow tables, one a shard, as the only content of a folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for start in range(0, max(1, table.num_rows), SHARD_ROWS):
-        write_table(folder / f"{start // SHARD_ROWS:05d}.parquet", table.slice(start, SHARD_ROWS))
+    for number, table in enumerate(tables):
+        write_table(folder / f"{number:05d}.parquet", table)
 
 
 class Parts:

@@ -4,6 +4,10 @@
 
 A victim is the command itself or one of its ranks.  Prints one JSON line: {"kills": COUNT, "bad": [what went wrong],
 "checkpoints": at how many of them a later run went on}.
+
+    PYTHONPATH=. python tests/rank_kills.py FOLDER torchrun
+
+asks a training under torchrun to stop (SIGTERM), lets the same command go on, and compares with an undisturbed one.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,26 +76,54 @@ def digest(home: Path) -> str:
     return made.manifest.digest
 
 
-def main(folder: Path, count: int, parallel: str, seed: int = 0) -> dict[str, Any]:
+def stop_torchrun(folder: Path) -> dict[str, Any]:
+    """SIGTERM once there is a checkpoint: every rank stops at the same step, and the same command goes on there."""
+    data, homes = stores(folder)
+    draw = random.Random(0)
+    code, err, _ = attempt(command(homes["calm"], data, "fsdp"), None, draw)
+    assert code == 0, err
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    argv = [*ranks, *command(homes["killed"], data, "fsdp")[1:]]
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(homes["killed"].glob(".drafts/train-*/scratch/checkpoints/step-*")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, stopped = process.communicate(timeout=120)
+    code, err, _ = attempt(argv, None, draw)
+    bad = [] if process.returncode else ["the stopped training ended with 0"]
+    if "stopping after the current shard or checkpoint" not in stopped or "resuming after step" not in err:
+        bad.append(f"not stopped and resumed: {stopped[-500:]} {err[-500:]}")
+    if code or digest(homes["killed"]) != digest(homes["calm"]):
+        bad.append(f"exit {code}: another result than without a stop: {err[-300:]}")
+    return {"bad": bad}
+
+
+def stores(folder: Path) -> tuple[str, dict[str, Path]]:
+    """(a build, two stores that hold it)."""
     folder.mkdir(parents=True, exist_ok=True)
     config, before = crashes.prepare("train", folder)
-    bad: list[str] = []
     homes = {name: folder / name for name in ("calm", "killed")}
     for home in homes.values():
-        subprocess.run(["cp", "-r", str(before), str(home)], check=True)
+        shutil.copytree(before, home)
+    return config.data, homes
+
+
+def main(folder: Path, count: int, parallel: str, seed: int = 0) -> dict[str, Any]:
+    data, homes = stores(folder)
+    bad: list[str] = []
     draw = random.Random(seed)
     started = time.monotonic()
-    code, err, _ = attempt(command(homes["calm"], config.data, parallel), None, draw)
+    code, err, _ = attempt(command(homes["calm"], data, parallel), None, draw)
     assert code == 0, err
     seconds = time.monotonic() - started
-    argv = command(homes["killed"], config.data, parallel)
+    argv = command(homes["killed"], data, parallel)
     kills, resumed = 0, set()
     while kills < count:
         # Half of the time goes into starting; what a kill costs is made up for by the checkpoints.
         code, err, victim = attempt(argv, draw.uniform(0.3, 1.0) * seconds, draw)
         resumed |= set(re.findall(r"resuming after step (\d+)", err))
         if victim is None:
-            subprocess.run(["rm", "-r", str(homes["killed"] / "train")], check=True)  # it was quicker: start over
+            shutil.rmtree(homes["killed"] / "train")  # it was quicker: start over
             continue
         kills += 1
         if victim >= 0 and (code != 1 or f"rank {victim} was ended by SIGKILL" not in err):
@@ -103,4 +136,5 @@ def main(folder: Path, count: int, parallel: str, seed: int = 0) -> dict[str, An
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])))
+    place, what = Path(sys.argv[1]), sys.argv[2]
+    print(json.dumps(stop_torchrun(place) if what == "torchrun" else main(place, int(what), sys.argv[3])))

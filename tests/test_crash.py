@@ -81,14 +81,12 @@ def test_random_kills_of_the_smoke_pipeline_change_no_digest(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("parallel", "count"), [("ddp", 2), ("fsdp", 3)])
-def test_random_kills_of_two_ranks_change_no_digest(parallel: str, count: int, tmp_path: Path) -> None:
-    script = str(REPOSITORY / "tests" / "rank_kills.py")
-    command = [sys.executable, script, str(tmp_path), str(count), parallel]
+@pytest.mark.parametrize("what", [("2", "ddp"), ("3", "fsdp"), ("torchrun",)])
+def test_two_ranks_killed_or_stopped_end_with_the_same_digest(what: tuple[str, ...], tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "tests" / "rank_kills.py"), str(tmp_path), *what]
     done = subprocess.run(command, env={**os.environ, **ENV}, capture_output=True, text=True, check=False, timeout=1200)
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["bad"] == [] and result["kills"] == count
+    assert json.loads(done.stdout)["bad"] == []
 
 
 def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:

@@ -210,7 +210,8 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if made is None else made * grads[0].to(made.dtype) for made in ctx.saved_tensors), *[None] * 4
+        # In place: they were made for this one backward, and a copy of [V, H] is large.
+        return *(None if made is None else made.mul_(grads[0]) for made in ctx.saved_tensors), *[None] * 4
 
 
 class _Recompute(torch.autograd.Function):

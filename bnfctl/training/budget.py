@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from bnfctl import durable
+from bnfctl.config import TrainConfig
 from bnfctl.errors import BnfctlError
+from bnfctl.footprint import MICRO_TOKENS
 from bnfctl.losses import Stats
 from bnfctl.training.batches import MicroBatch
 from bnfctl.training.objective import backward, forward
 from bnfctl.training.setup import Run
+from bnfctl.training.world import World
 
 FILE = "scratch/budget.json"
 """In the work folder: what a run that ran out of memory leaves to the one that resumes it."""
@@ -35,6 +38,11 @@ def stored(work: Path) -> int | None:
         return None
 
 
+def first(work: Path, config: TrainConfig, world: World) -> int:
+    """What a run starts with: what an earlier process left, else as configured."""
+    return stored(work) or config.micro_tokens or MICRO_TOKENS[world.device.type]
+
+
 def set_budget(run: Run, budget: int) -> None:
     """Every split in micro-batches of at most so many tokens."""
     for name, split in run.splits.items():
@@ -42,18 +50,18 @@ def set_budget(run: Run, budget: int) -> None:
 
 
 @contextmanager
-def halved_when_full(run: Run, work: Path, where: str) -> Iterator[None]:
-    """An out-of-memory becomes BnfctlError (exit 1), and the same command then resumes with half the budget."""
+def halved_when_full(tokens: int, work: Path, world: World, where: str) -> Iterator[None]:
+    """An out-of-memory becomes BnfctlError (exit 1), and the same command then resumes with half of `tokens`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        half = max(1, run.splits["train"].budget // 2)
+        half = max(1, tokens // 2)
         durable.write_json(work / FILE, {"micro_tokens": half})
         raise BnfctlError(
-            f"out of memory {where} on rank {run.world.rank}: {str(error).splitlines()[0]}",
-            hint=f"the same command resumes, with {half} tokens per micro-batch instead of {2 * half}",
+            f"out of memory {where} on rank {world.rank}: {str(error).splitlines()[0]}",
+            hint=f"the same command resumes, with {half} tokens per micro-batch instead of {tokens}",
         ) from error
 
 

@@ -50,16 +50,23 @@ def train(
     plan = Plan(config, kept)
     started = time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
-    run = prepare(config, loss, plan, test_set, source, world, budget.stored(work))
-    if world.device.type == "cuda":  # a CPU has swap, and no error before it is full
-        with budget.halved_when_full(run, work, "before step 0"):
+    first = budget.first(work, config, world)
+    with budget.halved_when_full(first, work, world, "before step 0"):
+        run = prepare(config, loss, plan, test_set, source, world, first)
+        if world.device.type == "cuda":  # a CPU has swap, and no error before it is full
             budget.set_budget(run, budget.probe(run))
     state = checkpoint.restore(work, _asked(config), run.policy.model, run.optimizer, world)
     if state.step:
-        world.say(f"resuming after step {state.step} of {plan.steps}")
+        other = (
+            ""
+            if state.world == checkpoint.world_of(run.policy.model, world)
+            else "; on other ranks, so within rounding"
+        )
+        world.say(f"resuming after step {state.step} of {plan.steps}{other}")
     if config.eval_every and not test_set:
         world.say("the test split is empty: no report on it")
-    with _journal(run, work, state) as metrics, budget.halved_when_full(run, work, "while training"):
+    fits = run.splits["train"].budget
+    with _journal(run, work, state) as metrics, budget.halved_when_full(fits, work, world, "while training"):
         seconds, tokens = _steps(run, state.step, metrics, work)
     saving.save(run, source, work / "model")
     return {

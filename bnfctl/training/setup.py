@@ -21,6 +21,7 @@ from bnfctl.model.loading import choose_packing, load_model, padded_attention
 from bnfctl.model.policy import Policy, check_parts, set_attention
 from bnfctl.model.pretrained import torch_dtype
 from bnfctl.model.sharding import empty_policy_model, layers, load_rows, shard
+from bnfctl.model.threads import keep_freed_memory
 from bnfctl.shape import shape_of
 from bnfctl.training import reference
 from bnfctl.training.batches import Kept, Layout, Plan, Work, all_sides
@@ -61,6 +62,8 @@ def prepare(
     budget: int | None = None,
 ) -> Run:  # fmt: skip
     """Model, optimizer and reference.  budget: tokens of a micro-batch; None: as configured.  Collective."""
+    if world.device.type == "cpu":
+        keep_freed_memory()
     config = resolve(config, source.folder, world)
     sharded = config.parallel == "fsdp" and world.size > 1
     policy = load(config, source.folder, world, sharded)

@@ -58,7 +58,7 @@ def again(model_dir: Path, tmp_path: Path, passes: Passes) -> Any:
     ) -> list[int]:  # fmt: skip
         passes.sizes.clear()
         train(replace(CONFIG, **fields), model, records, test_set, tmp_path / "second", tmp_path / "home")
-        return passes.sizes
+        return list(passes.sizes)
 
     return run
 
@@ -90,6 +90,12 @@ def test_other_masks_and_splits_make_no_pass(again: Any) -> None:
 @pytest.mark.parametrize("fields", [{"dtype": "bfloat16"}, {"layout": "padded"}, {"attention": "eager"}], ids=str)
 def test_another_code_path_makes_one(fields: dict[str, Any], again: Any) -> None:
     assert again(**fields) == [24]
+
+
+def test_parameters_cast_before_the_products_are_another_path(again: Any) -> None:
+    """As LoRA's frozen base is in bfloat16; autocast over float32 masters keeps the residual stream in float32."""
+    assert again(dtype="bfloat16") == again(dtype="bfloat16", lora=2, epochs=2) == [24]
+    assert again(dtype="bfloat16", lora=4, epochs=3) == []
 
 
 def test_another_model_makes_one(again: Any, model_dir: Path, tmp_path: Path) -> None:

@@ -152,7 +152,9 @@ def test_without_checkpoints_a_run_starts_again(model_dir: Path, tmp_path: Path,
     assert content(tmp_path) == content(undisturbed)
 
 
-def killed_in_the_reference(model_dir: Path, work: Path, monkeypatch: pytest.MonkeyPatch, parts: int = 2) -> list[str]:
+def killed_in_the_reference(
+    model_dir: Path, work: Path, monkeypatch: pytest.MonkeyPatch, parts: int = 2, **fields: Any
+) -> list[str]:
     """Dies when that many parts are there; their names."""
     with monkeypatch.context() as patch:
         original, written = reference.Maker._unit, []
@@ -165,7 +167,7 @@ def killed_in_the_reference(model_dir: Path, work: Path, monkeypatch: pytest.Mon
 
         patch.setattr(reference.Maker, "_unit", unit)
         with pytest.raises(Killed):
-            train(CONFIG, model_dir, RECORDS, TEST_SET, work)
+            train(replace(CONFIG, **fields), model_dir, RECORDS, TEST_SET, work)
     return sorted(path.name for path in (work / "home" / ".drafts").rglob("*.parquet"))
 
 
@@ -193,13 +195,13 @@ def test_a_killed_reference_goes_on_where_it_stopped(
     assert reference_of(tmp_path).manifest.digest == reference_of(undisturbed).manifest.digest
 
 
-@pytest.mark.parametrize("fields", [{"micro_tokens": 25}, {"share_prompt": False}])
+@pytest.mark.parametrize("fields", [{"micro_tokens": 25}, {"share_prompt": False}, {"micro_tokens": 80}])
 def test_an_unfinished_reference_of_another_budget_or_layout_is_no_part_of_it(
     fields: dict[str, Any], model_dir: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither is in any key, so the draft is the same, but its units are cut otherwise."""
-    killed_in_the_reference(model_dir, tmp_path, monkeypatch)
-    train(replace(CONFIG, **fields), model_dir, RECORDS, TEST_SET, tmp_path)
+    killed_in_the_reference(model_dir, tmp_path, monkeypatch, **fields)
+    train(CONFIG, model_dir, RECORDS, TEST_SET, tmp_path)
     stored = {row["response"]: row["log_odds"] for row in reference_of(tmp_path).rows()}
     exact = {row["response"]: row["log_odds"] for row in reference_of(undisturbed).rows()}
     assert stored.keys() == exact.keys()
