@@ -14,7 +14,13 @@ from pathlib import Path
 from bnfctl import __version__, console
 from bnfctl.browse import human
 
-_EXTRAS = {"vllm": "vllm", "hypothesis": "test", "ruff": "dev"}
+_EXTRAS = {
+    "vllm": "vllm",
+    "bitsandbytes": "bitsandbytes",
+    "tensorboard": "tensorboard",
+    "hypothesis": "test",
+    "ruff": "dev",
+}
 """A module that tells whether an extra is there, and the extra's name."""
 
 _ONE_8B_TRAINING = 96e9
@@ -34,7 +40,7 @@ class Finding:
 def examine(home: Path) -> Iterator[Finding]:
     """Everything doctor knows how to look at; loads torch, changes nothing."""
     yield Finding("bnfctl", "ok", f"{__version__}, Python {platform.python_version()}, {platform.system()}")
-    for package in ("torch", "transformers", "datasets", "accelerate"):
+    for package in ("torch", "transformers", "datasets", "accelerate", "peft"):
         try:
             yield Finding(package, "ok", version(package))
         except PackageNotFoundError:

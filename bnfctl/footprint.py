@@ -295,15 +295,20 @@ def advice(shape: Shape, config: TrainConfig, machine: Machine) -> list[str]:
     """For a config, as asked, that does not fit: the least changes that make it fit, as flags with the figure it then has.
 
     At most one of each kind: same results on the same GPUs; more GPUs; another training.  Where nothing fits, the
-    smallest there is.
+    smallest there is; nothing for what is that already.
     """
     on: dict[str, Any] = {"activation_checkpointing": "on"}
     budget = config.micro_tokens or MICRO_TOKENS[machine.device]
     fewer: list[dict[str, Any]] = [{"micro_tokens": size} for size in (8192, 4096, 2048) if size < budget]
     least = {**on, **(fewer[-1] if fewer else {})}
-    eight: dict[str, Any] = {"optimizer": "adamw-8bit", "parallel": "ddp"}
+    whole = {"parallel": "ddp"} if config.parallel == "fsdp" else {}  # bitsandbytes' tensors can't be cut into rows
     lora: dict[str, Any] = {"lora": config.lora or 16}
-    four: dict[str, Any] = {**lora, "quantize": "4bit", "lora_save": "adapter", "parallel": "ddp", "optimizer": "adamw"}
+    others: list[dict[str, Any]] = []
+    if not config.lora:
+        others = [{"optimizer": "adamw-8bit", **whole}] if config.optimizer == "adamw" else []
+        others.append(lora)
+    if config.quantize == "none":
+        others.append({**lora, "quantize": "4bit", "lora_save": "adapter", "optimizer": "adamw", **whole})
     spread: list[dict[str, Any]] = []
     if config.quantize == "none" and config.optimizer == "adamw":
         spread = [{"parallel": "fsdp"}] if machine.devices > 1 else []
@@ -311,12 +316,12 @@ def advice(shape: Shape, config: TrainConfig, machine: Machine) -> list[str]:
     kinds = [
         [on, *fewer, *({**on, **one} for one in fewer)],
         [*spread, *({**on, **one} for one in spread)],
-        [{**one, **extra} for extra in ({}, on, least) for one in (*([] if config.lora else [eight]), lora, four)],
+        [{**one, **extra} for extra in ({}, on, least) for one in others],
     ]
     sized = [[_tried(shape, config, change, machine) for change in kind] for kind in kinds]
     found = [next((pair for pair in kind if pair[0] <= machine.usable and pair[1]), None) for kind in sized]
     fitting = [pair for pair in found if pair is not None]
-    shown = fitting or [min(pair for kind in sized for pair in kind if pair[1])]
+    shown = fitting or sorted(pair for kind in sized for pair in kind if pair[1])[:1]
     return [f"{flags}: {total / GB:.1f} GB" for total, flags in shown]
 
 
@@ -342,10 +347,10 @@ def report(raw: Mapping[str, Any], config: TrainConfig, machine: Machine) -> lis
     chosen = resolve(shape, config, machine)
     needed = machine.footprint(shape, chosen)
     each = "GPU" if machine.device == "cuda" else "process"
-    many = "" if machine.devices == 1 else "s" if each == "GPU" else "es"
+    many = "" if machine.devices == 1 else f"s ({chosen.parallel})" if each == "GPU" else f"es ({chosen.parallel})"
     lines = [
         f"{needed.total / GB:.1f} GB per {each}: {needed.parts()}",
-        f"most is held {needed.moment}; {chosen.micro_tokens} tokens per micro-batch, {machine.devices} {each}{many}, {chosen.parallel}, "
+        f"the peak is {needed.moment}, with {chosen.micro_tokens} tokens per micro-batch, {machine.devices} {each}{many}, "
         f"activation checkpointing {chosen.activation_checkpointing}",
     ]
     if machine.device == "cpu":

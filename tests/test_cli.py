@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bnfctl import __version__
+from bnfctl import __version__, tables
 from bnfctl.artifact import Artifact, Store
 from bnfctl.config import CONFIGS
 from bnfctl.options import fields, flag_name
@@ -194,7 +194,7 @@ def completions(words: str, home: Path) -> list[str]:
 def test_completion_knows_losses_scorers_tasks_and_artifacts(store: Store, make_build: Callable[..., Artifact]) -> None:
     artifact = make_build()
     store.set_name("mine", artifact.ref)
-    assert set(completions("train --loss ", store.home)) == {"bnf", "sft", "nll-pll", "dpo"}
+    assert set(completions("train --loss ", store.home)) == set(tables.LOSSES)
     assert "reward-model" in completions("score --scorer ", store.home)
     assert "lab-chat,lab-math" in completions("eval --tasks lab-chat,lab-m", store.home)
     assert {"mine", artifact.ref} <= set(completions("train --data ", store.home))

@@ -168,6 +168,15 @@ def test_a_few_layers_of_it_too(devices: int, lora: int, again: str, layers: int
     assert 0.85 < ratio({**LLAMA3, "num_hidden_layers": layers}, training(devices, lora, again)) < 1.15
 
 
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("up_proj", "down_proj")])
+@pytest.mark.parametrize("again", ["off", "on"])
+def test_adapters_of_a_few_modules_keep_what_those_read(targets: tuple[str, ...], again: str) -> None:
+    # The first layer keeps nothing before its first adapter, which the estimate counts as in the others.
+    raw = {**LLAMA3, "num_hidden_layers": 16, "vocab_size": 32000}
+    for devices in (1, 4):
+        assert 0.95 < ratio(raw, training(devices, 16, again, lora_targets=targets)) < 1.05
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("devices", [1, 4])
 def test_other_families(family: str, devices: int) -> None:
@@ -245,11 +254,32 @@ def test_advice_fits_and_can_be_typed(machine: Machine) -> None:
     for line in tried:
         values: dict[str, Any] = dict(flags(line))
         wider = dataclasses.replace(machine, devices=int(values.get("devices", machine.devices)))
-        decoded = {field.name: int(values[field.name]) if values[field.name].isdigit() else values[field.name]
+        decoded: dict[str, Any] = {field.name: int(values[field.name]) if values[field.name].isdigit() else values[field.name]
                    for field in dataclasses.fields(TrainConfig) if field.name in values}  # fmt: skip
         after = footprint.report(LLAMA3, dataclasses.replace(auto, **decoded), wider)
         assert not any("does not fit" in text for text in after), (line, after)
         assert after[0].startswith(line.rpartition(": ")[2])
+
+
+@pytest.mark.parametrize("quantize", ["none", "4bit"])
+def test_advice_says_nothing_twice_and_nothing_that_is_so(quantize: str) -> None:
+    auto = TrainConfig(
+        model="m", dtype="bfloat16", lora=16, quantize=quantize, lora_save="adapter", activation_checkpointing="off",
+    )  # fmt: skip
+    found = footprint.advice(sized(LLAMA3), auto, Machine(1, 40 * GB))
+    assert found and len(set(found)) == len(found)
+    assert not any("--parallel ddp" in line or "--lora " in line for line in found)
+    least = dataclasses.replace(auto, quantize="4bit", activation_checkpointing="on", micro_tokens=2048)
+    assert footprint.advice(sized(LLAMA3), least, Machine(1, 4 * GB)) == []
+
+
+def test_a_frozen_base_needs_a_much_smaller_gpu() -> None:
+    """Two bytes a parameter, half a byte in NF4, against sixteen of a training of all parameters."""
+    auto = TrainConfig(model="m", dtype="bfloat16", lora=16)
+    four = dataclasses.replace(auto, quantize="4bit", lora_save="adapter")
+    assert any("does not fit" in line for line in footprint.report(LLAMA3, auto, Machine(1, 24 * GB)))
+    assert footprint.report(LLAMA3, auto, Machine(1, 40 * GB))[-1] == "fits a GPU of 40.0 GB"
+    assert footprint.report(LLAMA3, four, Machine(1, 24 * GB))[-1] == "fits a GPU of 24.0 GB"
 
 
 def test_an_unknown_model_has_no_estimate() -> None:

@@ -133,11 +133,11 @@ class _Gradients:
     def add(
         self, part: slice, hidden: Tensor, matrix: Tensor, soft: Tensor, target: Tensor, scale: Tensor,
         slope: tuple[Tensor, Tensor] | None,
-    ) -> None:  # fmt: skip
+    ) -> Tensor:  # fmt: skip
         """One chunk, hidden [n, H] and matrix in the compute type, whose logit gradient is scale * (label - soft).
 
         scale [n] is g sigmoid(-o).  It is put into the narrow tensors rather than into soft [n, V].  slope: the
-        derivative of the soft cap, at the label [n] and elsewhere [n, V].
+        derivative of the soft cap, at the label [n] and elsewhere [n, V].  Returns soft @ matrix [n, H].
         """
         at_label = scale
         if slope is not None:
@@ -146,7 +146,8 @@ class _Gradients:
         # On a GPU the products run on factors of the compute type; a CPU has no faster path than float32.
         soft = soft.to(hidden.dtype) if hidden.is_cuda else soft
         kind = soft.dtype
-        back = _product(soft, matrix.to(kind)).mul_(-scale.unsqueeze(-1))
+        mean = _product(soft, matrix.to(kind))
+        back = mean * -scale.unsqueeze(-1)
         back += at_label.unsqueeze(-1) * matrix[target]
         self.hidden[part] = back.to(hidden.dtype)
         if self.matrix is not None:
@@ -158,6 +159,7 @@ class _Gradients:
         if self.bias is not None:
             self.bias -= scale @ soft.to(scale.dtype)
             self.bias.index_add_(0, target, at_label)
+        return mean
 
     def cast(self, matrix: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(hidden, matrix, bias), each in the type of what it is the gradient of."""
@@ -189,6 +191,9 @@ class _OnePass(torch.autograd.Function):
         spread = hidden.new_zeros(hidden.shape[0] if entropy else 0, dtype=wide)
         gradients = _Gradients(hidden, matrix, bias, ctx.needs_input_grad)
         surrogate = hidden.new_zeros((), dtype=wide)
+        # The mean logit under soft is h . (soft @ matrix), which the gradient needs anyway: the entropy is then free.
+        # Not under a soft cap, and not where that product is on narrow factors.
+        free = softcap is None and bias is None and not (hidden.is_cuda and hidden.dtype != wide)
         with torch.autocast(hidden.device.type, enabled=False):
             cast = matrix.to(hidden.dtype)
             for part in _chunks(hidden, matrix.shape[0]):
@@ -197,12 +202,14 @@ class _OnePass(torch.autograd.Function):
                 label, rest = _without_target(logits, target[part])
                 soft, lse = _softmax(rest)
                 odds = log_odds[part] = label - lse
-                if entropy:
+                if entropy and not free:
                     spread[part] = _entropy(soft, rest, lse, target[part])
                 pull = coefficients(part, odds)
                 surrogate += pull @ logsigmoid(odds)
                 scale = pull * torch.sigmoid(-odds)
-                gradients.add(part, hidden[part], cast, soft, target[part], scale, slope)
+                mean = gradients.add(part, hidden[part], cast, soft, target[part], scale, slope)
+                if entropy and free:
+                    spread[part] = (lse - (mean * hidden[part]).sum(-1)).clamp(min=0.0)
         ctx.save_for_backward(*gradients.cast(matrix, bias))
         logp = logsigmoid(log_odds)
         ctx.mark_non_differentiable(logp, log_odds, spread)

@@ -222,6 +222,7 @@ def test_a_run_that_was_interrupted_gives_the_digest_of_an_undisturbed_one(
     chain: Chain, trained: Artifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = chain.copy(tmp_path / "store")
+    shutil.rmtree(store.home / "reference")
     config = chain.train(eval_every=2, epochs=2)
     interrupt(config, store)
     assert not list(store.home.glob(".drafts/train-*/scratch/checkpoints/step-*")), "it stopped in the reference"

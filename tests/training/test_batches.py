@@ -11,6 +11,7 @@ from bnfctl.config import TrainConfig
 from bnfctl.data.records import Record, Side
 from bnfctl.model.attention import rows_of
 from bnfctl.training.batches import Layout, Plan, Work, all_sides, shuffled, step_data
+from bnfctl.training.objective import partners
 from tests.training.data import make_records
 
 
@@ -134,3 +135,16 @@ def test_a_micro_batch_moves_whole() -> None:
     assert moved.positions == [0, 2] and moved.sequences.rows is not None
     tensors = (moved.segment, moved.pair, moved.sequences.target, moved.sequences.rows.home)
     assert all(tensor.is_meta for tensor in tensors)
+
+
+def test_kto_puts_each_prompt_before_the_next_records_responses() -> None:
+    pair = Record("a", [5, 6], (Side(1, [7, 8, 9]), Side(-1, [10])))
+    single = Record("b", [11, 12, 13], (Side(-1, [14, 15]),))
+    last = Record("c", [16], (Side(1, [17] * 9), Side(-1, [18])))
+    found = partners([pair, single, last], max_length=6)
+    assert [(r.prompt_ids, [side.ids for side in r.sides]) for r in found] == [
+        ([5, 6], [[14, 15], [14, 15]]),  # a pair after a single: as many mismatched responses as it has its own
+        ([11, 12, 13], [[17] * 3]),  # cut to the room that the prompt leaves
+        ([16], [[7, 8, 9], [10]]),  # the last one's partner is the first
+    ]
+    assert [[side.label for side in r.sides] for r in found] == [[1, -1], [-1], [1, -1]]
