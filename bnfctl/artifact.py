@@ -18,13 +18,13 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from bnfctl import __version__, digests, durable
+from bnfctl import __version__, console, digests, durable
 from bnfctl.errors import BnfctlError, UsageError, nearest
 from bnfctl.options import as_json, fingerprint, key_fields
 
@@ -114,18 +114,12 @@ class Artifact:
         try:
             raw = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
             if raw["schema_version"] != SCHEMA_VERSION:
-                raise UsageError(
-                    f"artifact of schema version {raw['schema_version']}; this bnfctl reads {SCHEMA_VERSION}",
-                    where=str(path),
-                    hint="use the bnfctl that made it, or make it again",
-                )
+                what = f"artifact of schema version {raw['schema_version']}; this bnfctl reads {SCHEMA_VERSION}"
+                raise UsageError(what, where=str(path), hint="use the bnfctl that made it, or make it again")
             self.manifest = Manifest(**raw)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UsageError(
-                f"not a readable artifact: {error}",
-                where=str(path),
-                hint=f"bnfctl rm {path} --force, then make it again",
-            ) from None
+            hint = f"bnfctl rm {path} --force, then make it again"
+            raise UsageError(f"not a readable artifact: {error}", where=str(path), hint=hint) from None
 
     @property
     def ref(self) -> str:
@@ -174,10 +168,9 @@ class Artifact:
             if not path.exists():
                 yield f"input {name} is gone: {path}"
                 continue
+            artifact = raw["kind"] == "artifact"
             try:
-                now = (
-                    Artifact(path).manifest.digest if raw["kind"] == "artifact" else digests.DigestCache(None).any(path)
-                )
+                now = Artifact(path).manifest.digest if artifact else digests.DigestCache(None).any(path)
             except UsageError as error:
                 yield f"input {name} can't be read: {error.what}"
                 continue
@@ -318,7 +311,7 @@ class Store:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise UsageError(f"'{name}' can't be a name", where="--name", hint="letters, digits, . _ -")
         self.home.mkdir(parents=True, exist_ok=True)
-        with _locked(self.home / ".names.lock", "names.json", wait=True):
+        with _locked(self.home / ".names.lock", "names.json", wait=console.check_stop):
             names = {**self.names(), name: ref}
             kept = {known: target for known, target in names.items() if target is not None}
             durable.write_json(self.home / "names.json", kept)
@@ -334,11 +327,8 @@ class Store:
             raise UsageError(f"no artifact '{ref}'{nearest(ref, known)}", where=where, hint="bnfctl ls lists them")
         wanted = (stage,) if isinstance(stage, str) else stage
         if wanted and artifact.manifest.stage not in wanted:
-            raise UsageError(
-                f"{ref} is a {artifact.manifest.stage} artifact; this takes {' or '.join(wanted)}",
-                where=where,
-                hint=f"bnfctl ls {wanted[0]} lists what fits",
-            )
+            what = f"{ref} is a {artifact.manifest.stage} artifact; this takes {' or '.join(wanted)}"
+            raise UsageError(what, where=where, hint=f"bnfctl ls {wanted[0]} lists what fits")
         return artifact
 
     def search(self, ref: str) -> Artifact | None:
@@ -365,8 +355,8 @@ class Store:
         return found[0] if found else None
 
     @contextmanager
-    def draft(self, plan: Plan, wait: bool = False) -> Iterator[Draft]:
-        """The draft of a plan, locked for this process; UsageError if another one is making it, or `wait` for that."""
+    def draft(self, plan: Plan, wait: Callable[[], object] | None = None) -> Iterator[Draft]:
+        """The draft of a plan, locked; while another process makes it: UsageError, or `wait()` every half second."""
         drafts = self.home / ".drafts"
         drafts.mkdir(parents=True, exist_ok=True)
         draft = Draft(self, plan)
@@ -381,19 +371,27 @@ def _readable(path: Path) -> Artifact | None:
         return None  # `verify` names it; it must not hide the others
 
 
+def _taken(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextmanager
-def _locked(path: Path, what: str, wait: bool = False) -> Iterator[None]:
+def _locked(path: Path, what: str, wait: Callable[[], object] | None = None) -> Iterator[None]:
     """An advisory lock that dies with its process; the file stays, with the pid of its last holder."""
     with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _taken(file):
             file.seek(0)
-            raise UsageError(
-                f"another process (pid {file.read().strip() or 'unknown'}) is making {what}",
-                where=str(path),
-                hint="wait for it; the same command then finds its result",
-            ) from None
+            busy = f"another process (pid {file.read().strip() or 'unknown'}) is making {what}"
+            if wait is None:
+                raise UsageError(busy, where=str(path), hint="wait for it; the same command then finds its result")
+            console.say(f"{busy}: waiting for it")
+            while not _taken(file):
+                wait()
+                time.sleep(0.5)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -90,8 +90,8 @@ class TrainConfig:
     epochs: int = opt(1, help="Passes over the training split.", low=1)
     max_length: int = opt(4096, help="Longest prompt + response in tokens.", low=2)
     warmup: float = opt(0.1, help="Share of the steps that warm up.", low=0, high=1)
-    beta1: float = opt(0.9, help="AdamW.", low=0, high=1)
-    beta2: float = opt(0.999, help="AdamW.", low=0, high=1)
+    beta1: float = opt(0.9, help="AdamW.", low=0, high=0.999999)
+    beta2: float = opt(0.999, help="AdamW.", low=0, high=0.9999999)
     eps: float = opt(1e-8, help="AdamW.", low=0)
     weight_decay: float = opt(0.0, help="AdamW.", low=0)
     clip: float = opt(1.0, help="Largest gradient norm, after normalisation; 0 turns clipping off.", low=0)
@@ -109,7 +109,7 @@ class TrainConfig:
         key=False,
     )  # fmt: skip
     lora: int = opt(0, help="Rank of LoRA adapters; 0 trains all parameters.", low=0)
-    lora_alpha: float | None = opt(None, help="LoRA's scale is alpha / rank. Default: twice the rank.", low=0)
+    lora_alpha: float | None = opt(None, help="LoRA's scale is alpha / rank. Default: twice the rank.", low=1e-6)
     lora_targets: tuple[str, ...] = opt(
         ("all-linear",), help="Modules that get adapters; all-linear leaves the head out."
     )

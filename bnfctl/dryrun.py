@@ -27,7 +27,7 @@ def describe(plan: Plan, origin: dict[str, str], store: Store, force: bool) -> d
         "why": [] if found else _differences(plan, store),
     }
     module = stages.module(plan.stage)
-    return {**document, "memory": module.estimate(plan)} if hasattr(module, "estimate") else document
+    return {**document, "memory": module.estimate(plan, store)} if hasattr(module, "estimate") else document
 
 
 def _input_line(pinned: Pinned) -> str:

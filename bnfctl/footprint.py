@@ -221,9 +221,8 @@ class _Step:
         shape, size = self.shape, self.compute
         work = self.tokens * (2 * self.residual * shape.hidden + 2 * size * shape.intermediate)
         if self.config.quantize == "4bit":
-            work += size * max(
-                inputs * outputs for inputs, outputs in shape.linears.values()
-            )  # made whole for a product
+            # The largest matrix, made whole for its product.
+            work += size * max(inputs * outputs for inputs, outputs in shape.linears.values())
         if self.checkpointed and self.widened and "down_proj" in self.trained_linears:
             work = max(work, self.tokens * (5 * size * shape.hidden + (size + 4) * shape.intermediate))
         return work

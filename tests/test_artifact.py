@@ -6,18 +6,21 @@ import dataclasses
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from bnfctl import browse
+from bnfctl import browse, console
 from bnfctl.artifact import Artifact, Pinned, Plan, Store
 from bnfctl.config import BuildConfig
-from bnfctl.errors import BnfctlError, UsageError
+from bnfctl.errors import BnfctlError, Interrupted, UsageError
 
 Make = Callable[..., Artifact]
 
@@ -140,6 +143,29 @@ def test_two_processes_on_one_draft(store: Store) -> None:
         with store.draft(plan_of(seed=1)):
             pass
     with store.draft(plan_of()):
+        pass
+
+
+def test_waiting_for_another_process(
+    store: Store, stop_signal: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says so once, gets its turn, and can be stopped."""
+    turns: list[float] = []
+    with ExitStack() as other:
+        other.enter_context(store.draft(plan_of()))
+
+        def wait() -> None:
+            turns.append(time.monotonic())
+            if len(turns) == 2:
+                other.close()
+
+        with store.draft(plan_of(), wait=wait):
+            assert len(turns) == 2 and 0.4 < turns[1] - turns[0] < 5
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and f"another process (pid {os.getpid()}) is making build/" in lines[0]
+    assert lines[0].endswith(": waiting for it")
+    stop_signal(signal.SIGINT)
+    with store.draft(plan_of()), pytest.raises(Interrupted), store.draft(plan_of(), wait=console.check_stop):
         pass
 
 

@@ -305,6 +305,23 @@ def test_a_value_out_of_range(args: tuple[str, str], where: str, bnfctl: Run, st
     refused(bnfctl("build", prefs, *args), store, what="it must be|is a whole number", where=f"^{where}$", hint=".")
 
 
+@pytest.mark.parametrize(
+    ("args", "what", "where", "hint"),
+    [
+        (("--beta1", "1"), "it must be", "--beta1", "."),
+        (("--lora-alpha", "8"), "how adapters are, and there are none", "--lora-alpha", "^--lora 16$"),
+        (("--lora-targets", "q_proj"), "how adapters are, and there are none", "--lora-targets", "^--lora 16$"),
+        (("--attention", "flex_attention"), "trains on a GPU only", "--attention flex_attention", "^--attention sdpa$"),
+    ],
+    ids=["--beta1", "--lora-alpha", "--lora-targets", "--attention"],
+)
+def test_a_training_that_cannot_be(
+    args: tuple[str, str], what: str, where: str, hint: str, bnfctl: Run, store: Store
+) -> None:
+    done = bnfctl("train", "--model", "lab", *args, env={"CUDA_VISIBLE_DEVICES": ""})
+    refused(done, store, what=what, where=f"^{where}$", hint=hint)
+
+
 def test_prompt_longer_than_the_context(bnfctl: Run, store: Store, bare_model: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "short"}, {"prompt": "long " * 20}])
     refused(

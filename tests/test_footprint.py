@@ -70,7 +70,7 @@ def tracked_peak(raw: dict[str, Any], config: TrainConfig) -> int:
     tokens = config.micro_tokens or 0
     with ExitStack() as stack:
         if config.devices != 1:
-            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.devices)
+            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.devices or 1)
             mesh = init_device_mesh("cpu", (config.devices or 1,))
             stack.enter_context(mock.patch.object(sharding, "init_device_mesh", return_value=mesh))
         stack.enter_context(FakeTensorMode())

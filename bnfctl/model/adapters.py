@@ -91,15 +91,19 @@ def without_adapters(model: Any) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def merged(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """A state dict with adapters as one of the base model: W + scale * B A in float32, under the base's names."""
-    out = {}
-    for name, value in state.items():
-        if _A in name or _B in name:
-            continue
+def merged(model: Any, state: dict[str, Tensor], scale: float, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A state dict with adapters as one of the base model: W + scale * B A in float32, rounded once, base's names.
+
+    Empties `state` as it goes, so that two whole models are never in memory.
+    """
+    turned = {name for name, module in model.named_modules() if getattr(module, "fan_in_fan_out", False)}
+    out: dict[str, Tensor] = {}
+    for name in [name for name in state if _A not in name and _B not in name]:
+        value = state.pop(name)
         if _BASE in name and name.endswith(".weight"):
             stem = name.removesuffix(f"{_BASE}weight")
-            value = value.float() + scale * (state[f"{stem}{_B}weight"].float() @ state[f"{stem}{_A}weight"].float())
+            change = scale * (state[f"{stem}{_B}weight"].float() @ state[f"{stem}{_A}weight"].float())
+            value = (value.float() + (change.T if stem in turned else change)).to(dtype)  # GPT-2 keeps [in, out]
         out[name.replace(_BASE, ".")] = value
     return out
 

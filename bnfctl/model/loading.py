@@ -54,23 +54,31 @@ def padded_attention(path: Path, attention: str = "auto") -> str:
     return "eager" if read_config(path).get("attn_logit_softcapping") else "sdpa"
 
 
-def choose_packing(policy: Policy, layout: str, attention: str, where: str) -> bool:
+def choose_packing(policy: Policy, layout: str, attention: str, longest: int, where: str) -> bool:
     """Whether the policy packs from here on; its attention is switched to what packing needs.
 
     layout: packed, padded, or auto: packed where the model keeps packed documents apart (`policy.packs` asks it).
+    longest: tokens of the longest sequence to come.
     Raises UsageError for packed where it does not.
     """
     if layout == "padded" or (attention == "eager" and layout == "auto"):
         return False
     register()
     before = policy.attention
-    if attention != "eager" and packs(policy, ROWS if attention in ("auto", "sdpa") else attention, before):
+    if attention != "eager" and packs(policy, ROWS if attention in ("auto", "sdpa") else attention, before, longest):
         return True
     what = f"{type(policy.model).__name__} with {before} attention does not keep packed documents apart"
     if layout == "packed":
         raise UsageError(what, where=where, hint="--layout padded")
     console.say(f"{what}: sequences are padded, in micro-batches of like length")
     return False
+
+
+def stored_dtypes(folder: Path) -> set[str]:
+    """As what the floating numbers of the folder's safetensors are stored."""
+    headers = [safetensors_header(file) for file in folder.glob("*.safetensors")]
+    kinds = {entry["dtype"] for header in headers for entry in header.values()}
+    return {_SAFETENSORS_DTYPES.get(kind, kind) for kind in kinds if kind[0] in "FB"}
 
 
 def checkpoint_dtype(folder: Path) -> str:

@@ -147,44 +147,47 @@ def check_parts(policy: Policy, where: str) -> None:
 
 
 @torch.no_grad()
-def packs(policy: Policy, packed_attention: str, padded_attention: str) -> bool:
+def packs(policy: Policy, packed_attention: str, padded_attention: str, longest: int) -> bool:
     """Whether two packed documents give the hidden states that they give alone; leaves the packed attention on if so.
 
     Asked of the model itself, since nothing else tells: a layer that mixes tokens outside of attention (convolutions,
-    state spaces), or an attention that takes no notice of the documents, leaks between them silently.
+    state spaces), an attention that takes no notice of the documents, or one that is not told of its window, all
+    compute something else silently.  longest: tokens of the longest sequence to come; a window above it is no matter.
     """
-    device, vocabulary = policy.device, policy.model.config.get_text_config().vocab_size
-    lengths = (5, 4)
-    ids = torch.arange(3, 3 + sum(lengths), device=device).remainder(vocabulary)
-    places = torch.arange(sum(lengths), device=device)
-    alone = []
-    for start, size in ((0, lengths[0]), (lengths[0], lengths[1])):
-        part, position = ids[None, start : start + size], torch.arange(size, device=device)
-        alone.append(
-            policy(lambda p, s=Sequences(part, position[None], None, None, position, part[0]): (p.hidden(s),))[0]
-        )
+    config = policy.model.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    seen = [window for window in windows if isinstance(window, int) and 0 < window < longest]
+    first, second = (2 * min(seen) + 4 if seen else 5), 4
+    ids = torch.arange(3, 3 + first + second, device=policy.device).remainder(config.vocab_size)
+    set_attention(policy, padded_attention)
+    alone = torch.cat([_documents(policy, ids[:first], [first]), _documents(policy, ids[first:], [second])])
     set_attention(policy, packed_attention)
-    rows = rows_of([range(5), range(5, 9)], 9).to(device) if policy.attends_rows else None
-    positions = torch.cat([torch.arange(size, device=device) for size in lengths])[None]
-
-    def packed(tokens: Tensor) -> Tensor:
-        sequences = Sequences(tokens[None], positions, None, rows, places, tokens)
-        return policy(lambda p: (p.hidden(sequences),))[0]
-
     # A small leak is lost in bfloat16's roundings.  These are the same whatever the first document says, the leak not.
-    neighbour = torch.cat([(ids[: lengths[0]] + 17).remainder(vocabulary), ids[lengths[0] :]])
+    neighbour = torch.cat([(ids[:first] + 17).remainder(config.vocab_size), ids[first:]])
     try:
-        found = packed(ids)
-        error, leak = (
-            _relative(found, torch.cat(alone)),
-            _relative(packed(neighbour)[lengths[0] :], found[lengths[0] :]),
-        )
+        found, other = (_documents(policy, tokens, [first, second]) for tokens in (ids, neighbour))
+        end = slice(first - 4, first)  # where a lost window shows
+        error = max(_relative(found, alone), _relative(found[end], alone[end]))
+        leak = _relative(other[first:], found[first:])
     except ValueError:
         error = leak = float("inf")
     if error < (1e-4 if policy.compute_dtype == torch.float32 else 0.05) and leak < 1e-3:
         return True
     set_attention(policy, padded_attention)
     return False
+
+
+def _documents(policy: Policy, ids: Tensor, lengths: list[int]) -> Tensor:
+    """[T, H] hidden states of documents packed one behind the other, ids [T]."""
+    places = torch.arange(len(ids), device=policy.device)
+    positions = torch.cat([torch.arange(length, device=policy.device) for length in lengths])
+    rows = None
+    if policy.attends_rows:
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        documents = [range(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+        rows = rows_of(documents, len(ids)).to(policy.device)
+    sequences = Sequences(ids[None], positions[None], None, rows, places, ids)
+    return policy(lambda inner: (inner.hidden(sequences),))[0]
 
 
 def set_attention(policy: Policy, name: str) -> None:

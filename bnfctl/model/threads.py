@@ -39,8 +39,8 @@ def limit_threads(model_dir: Path) -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep what a micro-batch frees for the next one, instead of giving it back and faulting it in again.
 
-    By default allocations above 32 MB always come fresh from the kernel: a twentieth of the time of a small model's
-    training, a fifth where page faults are dear (virtual machines).  The peak is no higher.
+    By default allocations above 32 MB always come fresh from the kernel, which took a twentieth of the time of a small
+    model's training.  The peak is no higher.
     """
     largest, top = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
     with contextlib.suppress(AttributeError, OSError):  # no glibc

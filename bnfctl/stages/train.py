@@ -15,6 +15,7 @@ from bnfctl.errors import UsageError
 from bnfctl.hub import split_revision
 from bnfctl.machine import gpu_memory, has_gpu, place, resolve_dtype, visible_gpus
 from bnfctl.model.source import model_dir, pin_model
+from bnfctl.options import flag_name
 from bnfctl.shape import shape_of
 from bnfctl.stages import Prerequisite
 from bnfctl.training import tracking
@@ -76,8 +77,27 @@ def _check_options(config: TrainConfig) -> None:
         raise UsageError(f"{narrow[0]} can't be cut into rows", where="--parallel fsdp", hint="--parallel ddp")
     if narrow and find_spec("bitsandbytes") is None:
         raise UsageError(f"{narrow[0]} needs bitsandbytes", where=narrow[0], hint="pip install 'bnfctl[bitsandbytes]'")
-    if config.lora_save == "adapter" and not config.lora:
-        raise UsageError("there is no adapter to save", where="--lora-save", hint="--lora 16")
+    _check_lora(config)
+    _check_attention(config)
+
+
+def _check_lora(config: TrainConfig) -> None:
+    """UsageError for options of adapters that there are none of."""
+    plain = TrainConfig(model=config.model)
+    for name in ("lora_alpha", "lora_targets", "lora_save"):
+        if not config.lora and getattr(config, name) != getattr(plain, name):
+            flag = flag_name(name)
+            raise UsageError(f"{flag} says how adapters are, and there are none", where=flag, hint="--lora 16")
+
+
+def _check_attention(config: TrainConfig) -> None:
+    """UsageError for an attention that is not installed, or not for this machine."""
+    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(config.attention)
+    where = f"--attention {config.attention}"
+    if package and find_spec(package) is None:
+        raise UsageError(f"{where} needs {package}", where=where, hint="--attention sdpa packs on every machine")
+    if (package or config.attention == "flex_attention") and not has_gpu():
+        raise UsageError(f"{where} trains on a GPU only", where=where, hint="--attention sdpa")
 
 
 def run(config: TrainConfig, draft: Draft) -> dict[str, Any]:
@@ -106,12 +126,10 @@ def run(config: TrainConfig, draft: Draft) -> dict[str, Any]:
     return summary
 
 
-def estimate(planned: Plan) -> list[str]:
+def estimate(planned: Plan, store: Store) -> list[str]:
     """For --dry-run: memory on each device, from the model's config.json alone; it may be on the hub."""
     config: TrainConfig = planned.config
-    pinned = planned.inputs.get("model")
-    if pinned is None:
-        return ["no estimate: the model is not known yet"]
+    pinned = planned.inputs.get("model") or pin_model(config.model, store)
     raw = hub.model_config(pinned.ref) if pinned.kind == "hub-model" else read_config(model_dir(pinned))
     if not raw:
         return [f"no estimate: the config.json of {pinned.ref} can't be had here"]

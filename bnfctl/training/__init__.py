@@ -1,1 +1,1 @@
-
+"""Training: batches, the loop, references, ranks, checkpoints."""

@@ -17,17 +17,13 @@ from bnfctl.errors import BnfctlError
 from bnfctl.footprint import MICRO_TOKENS
 from bnfctl.losses import Stats
 from bnfctl.training.batches import MicroBatch
+from bnfctl.training.memory import is_out_of_memory
 from bnfctl.training.objective import backward, forward
 from bnfctl.training.setup import Run
 from bnfctl.training.world import World
 
 FILE = "scratch/budget.json"
 """In the work folder: what a run that ran out of memory leaves to the one that resumes it."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """A GPU's allocator and Python have types for it, torch on a CPU only a text."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def stored(work: Path) -> int | None:
@@ -39,8 +35,13 @@ def stored(work: Path) -> int | None:
 
 
 def first(work: Path, config: TrainConfig, world: World) -> int:
-    """What a run starts with: what an earlier process left, else as configured."""
-    return stored(work) or config.micro_tokens or MICRO_TOKENS[world.device.type]
+    """What a run starts with: as configured, or less where an earlier process ran out of memory."""
+    asked = config.micro_tokens or MICRO_TOKENS[world.device.type]
+    left = stored(work)
+    if left is None or left >= asked:
+        return asked
+    world.say(f"{left} tokens per micro-batch, not {asked}: this run was out of memory before ({work / FILE})")
+    return left
 
 
 def set_budget(run: Run, budget: int) -> None:
@@ -69,16 +70,18 @@ def probe(run: Run) -> int:
     """Try the largest micro-batch, forward and backward; the budget that fits on all ranks.  Collective.
 
     It halves down to the longest record alone.  AdamW's moments, which the first step makes, are reserved meanwhile.
-    Leaves no gradients behind.  Raises BnfctlError where not even one record fits.
+    Leaves no gradients behind.  Raises BnfctlError where not even one record fits.  Of a sharded model it tries one
+    size only and passes the error on: the other ranks wait for this one inside the model, so the run has to end.
     """
     budget = run.splits["train"].budget
     while True:
-        fits = _fits(run, run.splits["train"].largest())
-        (full,) = run.world.any(not fits)
+        largest = run.splits["train"].largest()
+        alone = len(largest.positions) == 1
+        fits = _fits(run, largest, catch=alone or not run.sharded)
+        full = not fits if run.sharded else run.world.any(not fits)[0]
         if not full:
             return budget
-        smallest = len(run.splits["train"].largest().positions) == 1
-        if smallest:
+        if alone:
             raise BnfctlError(
                 "the longest record does not fit into memory",
                 hint="--activation-checkpointing on, a lower --max-length, --lora 16, or more --devices",
@@ -88,20 +91,21 @@ def probe(run: Run) -> int:
         run.world.say(f"out of memory: trying {budget} tokens per micro-batch")
 
 
-def _fits(run: Run, batch: MicroBatch) -> bool:
+def _fits(run: Run, batch: MicroBatch, catch: bool) -> bool:
+    """catch: an out-of-memory is an answer, not an error."""
     device = run.policy.device
     trained = sum(_local(p).numel() for p in run.policy.parameters() if p.requires_grad)
     try:
         moments = torch.empty(2 * trained, dtype=torch.float32, device=device)
         moved = batch.to(device)
         like = torch.zeros_like(moved.sequences.target, dtype=torch.float32)
-        if run.reference is not None:
+        if run.reference is not None and "train" in run.referred:
             like = forward(run.policy, moved, None, entropy=False).tokens.log_odds
         backward(run.policy, run.loss, moved, like, Stats(kl=0.0), 1.0, run.loss.needs_entropy)
         del moments
         return True
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not (catch and is_out_of_memory(error)):
             raise
         return False
     finally:

@@ -61,6 +61,29 @@ def _vocabulary(folder: Path) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def longest_sequence(records: Sequence[Record], crossed: int = 0) -> int:
+    """Tokens of the longest prompt + response; crossed: of any prompt with any response, cut there, as KTO needs it."""
+    prompts = [len(record.prompt_ids) for record in records]
+    responses = [max(len(side.ids) for side in record.sides) for record in records]
+    longest = max(map(sum, zip(prompts, responses, strict=True)))
+    return max(longest, min(crossed, max(prompts) + max(responses)))
+
+
+def check_positions(folder: Path, longest: int) -> None:
+    """UsageError where rotary frequencies would depend on what else is in a micro-batch.
+
+    LongRoPE (Phi-3 with 128k positions) has one set for short and one for long inputs, and transformers chooses it for
+    the whole micro-batch by the largest position in it.
+    """
+    config = read_config(folder)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type")
+    short = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    if kind in ("longrope", "su") and isinstance(short, int) and longest > short:
+        what = f"sequences of {longest} tokens need this model's long rotary frequencies, shorter ones its short ones"
+        raise UsageError(what, where="--max-length", hint=f"--max-length {short}")
+
+
 @torch.no_grad()
 def check_parameters(policy: Policy, folder: Path) -> None:
     """UsageError where a parameter that this rank holds has a NaN or an infinity, which would spread to all."""

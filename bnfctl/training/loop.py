@@ -31,7 +31,7 @@ from bnfctl.training.tracking import Trackers
 from bnfctl.training.world import World
 
 DRIFT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-"""Largest mean of 1 - c at step 0, where policy and reference are the same model."""
+"""Largest mean of 1 - c at step 0, counted in both directions, where policy and reference are the same model."""
 
 
 def train(
@@ -180,8 +180,8 @@ def take_step(run: Run, positions: list[int], step: int, log: bool) -> dict[str,
             f"step {step}: the gradient norm is {norm} and the loss {figures.get('value', math.nan) / denominator}",
             hint="try a lower --lr, a longer --warmup or --dtype float32",
         )
-    if step == 1 and run.reference is not None:
-        check_drift(run, figures["drift"] / float(data.length.sum()))
+    if step == 1 and "train" in run.referred:
+        check_drift(run, *(figures[name] / float(data.length.sum()) for name in ("drift", "gap")))
     lr = learning_rate(config, step - 1, run.plan.steps)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -190,20 +190,23 @@ def take_step(run: Run, positions: list[int], step: int, log: bool) -> dict[str,
     if not log:
         return counts
     pull = {"coefficient": figures["pull"] / denominator, "grad_norm": norm}
-    return {"lr": lr, **line(figures, loss, data, run.reference is not None), **pull, **counts}
+    return {"lr": lr, **line(figures, loss, data, "train" in run.referred), **pull, **counts}
 
 
 def _batches(run: Run, split: str, positions: Iterable[int]) -> Iterator[tuple[MicroBatch, Tensor | None]]:
     """This rank's micro-batches on the device, each with its reference log-odds [N]."""
     for batch in run.splits[split].micro_batches(positions):
         moved = batch.to(run.policy.device)
-        yield moved, run.reference.log_odds(split, moved) if run.reference else None
+        known = run.reference is not None and split in run.referred
+        yield moved, run.reference.log_odds(split, moved) if run.reference and known else None
 
 
 def kl_stats(run: Run, split: str, positions: Sequence[int], data: StepData) -> Stats | None:
     """KTO's reference point: the mean over the step's mismatched responses, of all ranks, not below 0."""
     if not run.loss.needs_kl:
         return None
+    if f"{split}-kl" not in run.splits:
+        return Stats(kl=0.0)
     total = run.world.sum(kl_sum(run.policy, _batches(run, f"{split}-kl", positions)))
     return Stats(kl=max(0.0, float(total) / data.label.numel()))
 
@@ -218,16 +221,21 @@ def evaluate(run: Run) -> dict[str, Any]:
     for batch, ref_log_odds in _batches(run, "test", positions):
         done = forward(run.policy, batch, ref_log_odds, run.loss.needs_entropy)
         sums.add(done.tokens, run.loss.value(done.tokens, done.entropy, stats), None)
-    return line(sums.over_ranks(run.world), run.loss, data, run.reference is not None)
+    return line(sums.over_ranks(run.world), run.loss, data, "test" in run.referred)
 
 
-def check_drift(run: Run, drift: float) -> None:
-    """Step 0: the policy is its reference, so any mean of 1 - c, c = min(1, odds / reference odds), is an error."""
+def check_drift(run: Run, drift: float, gap: float) -> None:
+    """Step 0: the policy is its reference, so any mean of 1 - c, c = min(1, odds / reference odds), is an error.
+
+    gap: the same with the ratio that is below 1, odds / reference odds or its inverse.  Rounding goes both ways, so
+    half of it is held to the limit too: log-odds that are all too high leave 1 - c at 0.
+    """
     limit = DRIFT.get(run.policy.compute_dtype, DRIFT[torch.bfloat16])
-    run.world.say(f"reference drift at step 0: mean of 1 - c is {drift:.2g} (limit {limit:g})")
-    if not drift <= limit and not run.config.allow_drift:
+    found = f"mean of 1 - c is {drift:.2g}, in both directions {gap:.2g}"
+    run.world.say(f"reference drift at step 0: {found} (limit {limit:g})")
+    if not max(drift, gap / 2) <= limit and not run.config.allow_drift:
         raise BnfctlError(
-            f"the policy differs from its reference at step 0: the mean of 1 - c is {drift:.2g}, above {limit:g}",
+            f"the policy differs from its reference at step 0: the {found}, above {limit:g}",
             where=", ".join(run.reference_refs) or "--reference live",
             hint="remove that reference (bnfctl rm) and train again; --allow-drift trains on regardless",
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from bnfctl.errors import BnfctlError
 from bnfctl.losses import Loss, TokenLogps
 from bnfctl.training.batches import StepData
 from bnfctl.training.world import World
@@ -26,7 +27,7 @@ class StepSums:
     """Sums over the micro-batches of a step, float64 on the CPU."""
 
     def __init__(self) -> None:
-        names = ["value", "pull", "drift", "margin", "wins"]
+        names = ["value", "pull", "drift", "gap", "margin", "wins"]
         names += [f"{what}_{label}" for what in ("value", "logp", "shift") for label, _ in _LABELS]
         self._sums = {name: torch.zeros((), dtype=torch.float64) for name in names}
 
@@ -41,7 +42,9 @@ class StepSums:
                 margins = shift[chosen] - shift[rejected]
                 self._plus("margin", margins)
                 self._plus("wins", margins > 0)
-                self._plus("drift", -torch.expm1((tokens.log_odds - tokens.ref_log_odds).double().clamp(max=0)))
+                away = (tokens.log_odds - tokens.ref_log_odds).double()
+                self._plus("drift", -torch.expm1(away.clamp(max=0)))
+                self._plus("gap", -torch.expm1(-away.abs()))
             self._plus("value", value)
             for what, column in columns.items():
                 for label, sign in _LABELS:
@@ -89,8 +92,14 @@ class MetricsFile:
     """metrics.jsonl, cut back to the checkpoint that training resumes from."""
 
     def __init__(self, path: Path, size: int, also: Callable[[dict[str, Any]], None] | None = None) -> None:
-        """size: bytes that the checkpoint vouches for; what was written after it is dropped.  also: gets each line."""
+        """size: bytes that the checkpoint vouches for; what was written after it is dropped.  also: gets each line.
+
+        Raises BnfctlError where the file has lost some of them.
+        """
         path.touch()
+        if (found := path.stat().st_size) < size:
+            what = f"{path.name} has {found} bytes, and had {size} when the checkpoint was saved"
+            raise BnfctlError(what, where=str(path), hint="the same command with --force starts over")
         with open(path, "r+b") as file:
             file.truncate(size)
         self.path, self._also = path, also

@@ -75,11 +75,20 @@ def _tokens(
 def partners(records: Sequence[Record], max_length: int) -> list[Record]:
     """Each prompt with responses to another one: what KTO's reference point is measured on.
 
-    The partner of a record is the next one in the order of the data, whatever the batch, so reference log-odds of
-    these pairs are the same for every seed, epoch and number of ranks.  A response is cut where the two together
-    would pass `max_length`.
+    The partner of a record is the next one in the order of the data that has another prompt, whatever the batch, so
+    reference log-odds of these pairs are the same for every seed, epoch and number of ranks.  A response is cut where
+    the two together would pass `max_length`.  Empty where all records have the same prompt.
     """
-    return [_mismatched(record, records[(i + 1) % len(records)], max_length) for i, record in enumerate(records)]
+    count = len(records)
+    if all(record.prompt_ids == records[0].prompt_ids for record in records):
+        return []
+    found = []
+    for i, record in enumerate(records):
+        j = (i + 1) % count
+        while records[j].prompt_ids == record.prompt_ids:
+            j = (j + 1) % count
+        found.append(_mismatched(record, records[j], max_length))
+    return found
 
 
 def _mismatched(record: Record, other: Record, max_length: int) -> Record:

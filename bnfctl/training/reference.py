@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from bnfctl import console, shards
-from bnfctl.artifact import Artifact, Pinned, Plan, Store
+from bnfctl.artifact import Artifact, Draft, Pinned, Plan, Store
 from bnfctl.config import ReferenceConfig
 from bnfctl.data.records import Record, Side
 from bnfctl.errors import BnfctlError
 from bnfctl.model.policy import Policy
+from bnfctl.options import fingerprint
 from bnfctl.training.batches import Layout, MicroBatch, Work, all_sides
 from bnfctl.training.objective import forward
 from bnfctl.training.world import World
@@ -143,7 +144,7 @@ class Maker:
         hashes = sorted(response_hash(record, side) for record in records for side in record.sides)
         versions = {"responses": hashlib.sha256(b"".join(hashes)).hexdigest()}
         plan = Plan(STAGE, VERSION, self.config, {"model": self.model}, versions=versions)
-        with self.store.draft(plan, wait=True) if self.world.main else nullcontext() as draft:
+        with self._drafted(plan) as draft:
             again = self.store.get(STAGE, plan.key) if self.world.main else None
             if self.world.broadcast_json(again is not None):
                 return f"{STAGE}/{plan.key[:12]}"  # another run made it while this one waited
@@ -152,22 +153,39 @@ class Maker:
                 console.say(f"reference: one pass over {len(hashes)} responses")
                 draft.open()
             self.world.barrier()
-            # Units of another budget or layout hold other responses, so an unfinished pass of those does not fit in.
-            parts = folder / "scratch" / f"parts-{self.budget}{'-shared' if self.layout.share else ''}"
-            self._pass(policy, records, parts)
+            work = Work(records, all_sides, self.layout, self.budget)
+            units = _units(work)
+            parts = folder / "scratch" / f"parts-{_digest(work, units)[:12]}"
+            self._pass(policy, work, units, parts)
             self.world.barrier()
             if draft is not None:
-                tokens = _publish_rows(parts, folder / "rows")
+                tokens = _publish_rows(parts, folder / "rows", hashes)
                 draft.publish({"responses": len(hashes), "tokens": tokens, **asdict(self.config)})
             self.world.barrier()
         return f"{STAGE}/{plan.key[:12]}"
 
-    def _pass(self, policy: Policy, records: Sequence[Record], parts: Path) -> None:
-        """Units of micro-batches, planned whatever the number of ranks, so that what a crash left fits in."""
-        work = Work(records, all_sides, self.layout, self.budget)
-        batches = work.groups(work.longest_first(range(len(records))))
+    @contextmanager
+    def _drafted(self, plan: Plan) -> Iterator[Draft | None]:
+        """The plan's draft on the main rank, once no other process has it.  Collective, and so is a stop meanwhile."""
+        if not self.world.main:
+            while self._still(False):
+                pass
+            yield None
+            return
+        with self.store.draft(plan, wait=lambda: self._still(True)) as draft:
+            self._still(False)
+            yield draft
+
+    def _still(self, waiting: bool) -> bool:
+        """Whether the main rank waits; the others ask it in turn, so that no rank is in one collective for hours."""
+        (waiting,) = self.world.any(waiting)
+        if waiting:
+            self.world.check_stop()
+        return waiting
+
+    def _pass(self, policy: Policy, work: Work, units: list[list[list[int]]], parts: Path) -> None:
+        """The units that an earlier process has not left in `parts`, each on one of the ranks."""
         parts.mkdir(parents=True, exist_ok=True)
-        units = [batches[start : start + UNITS_PER_PART] for start in range(0, len(batches), UNITS_PER_PART)]
         todo = [u for u in range(len(units)) if not (parts / f"{u:07d}.parquet").exists()]
         todo = self.world.broadcast_json(todo)
         with console.Progress(len(todo), "parts of the reference", quiet=not self.world.main) as progress:
@@ -197,6 +215,19 @@ class Maker:
                         raise BnfctlError(what, where=f"record {record.id}", hint="try --dtype float32")
         if name:
             shards.write_table(parts / f"{name[0]:07d}.parquet", _table(list(rows), list(rows.values())))
+
+
+def _units(work: Work) -> list[list[list[int]]]:
+    """Micro-batches, so many to a part; planned whatever the number of ranks, so that what a crash left fits in."""
+    batches = work.groups(work.longest_first(range(len(work.records))))
+    return [batches[start : start + UNITS_PER_PART] for start in range(0, len(batches), UNITS_PER_PART)]
+
+
+def _digest(work: Work, units: list[list[list[int]]]) -> str:
+    """Of what each part holds: the same responses may be asked for in other records, another order or budget."""
+    named = {p: [response_hash(record, side).hex() for side in record.sides] for p, record in enumerate(work.records)}
+    held = [[[named[position] for position in batch] for batch in unit] for unit in units]
+    return fingerprint({"share": work.layout.share, "units": held})
 
 
 def _grouped(missing: Sequence[tuple[Record, Side]]) -> list[Record]:
@@ -238,12 +269,17 @@ def _read(artifact: Artifact, wanted: Mapping[bytes, object], found: dict[bytes,
                 found[hash_] = values[offsets[row] : offsets[row + 1]].copy()
 
 
-def _publish_rows(parts: Path, target: Path) -> int:
-    """Parts -> shards in the order of the hashes; returns the number of tokens."""
+def _publish_rows(parts: Path, target: Path, wanted: list[bytes]) -> int:
+    """Parts -> shards in the order of the hashes, `wanted`; returns the number of tokens.
+
+    Raises BnfctlError where the parts hold other rows: an artifact that lacks some would fail every later run.
+    """
     rows: dict[bytes, np.ndarray] = {}
     for hashes, offsets, values in _tables(sorted(parts.glob("*.parquet"))):
         for row, hash_ in enumerate(hashes):
             rows[hash_] = values[offsets[row] : offsets[row + 1]]
-    ordered = sorted(rows)
-    shards.write_tables(target, (_table(part, [rows[hash_] for hash_ in part]) for part in shards.cut(ordered)))
+    if sorted(rows) != wanted:
+        what = f"the parts of a reference pass hold {len(rows)} responses that are not the {len(wanted)} asked for"
+        raise BnfctlError(what, where=str(parts), hint=f"rm -r {parts}; the same command then makes them again")
+    shards.write_tables(target, (_table(part, [rows[hash_] for hash_ in part]) for part in shards.cut(wanted)))
     return sum(len(values) for values in rows.values())

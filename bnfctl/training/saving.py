@@ -28,6 +28,6 @@ def save(run: Run, source: Source, target: Path) -> None:
             durable.sync_tree(target)
         else:
             if config.lora:
-                state = merged(state, lora_of(config).scale)
+                state = merged(run.policy.model, state, lora_of(config).scale, DTYPES[dtype])
             save_model(run.policy.model, state, source.folder, target, dtype)
     world.barrier()

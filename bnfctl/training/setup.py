@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from bnfctl import footprint
 from bnfctl.artifact import Pinned, Store
 from bnfctl.config import ReferenceConfig, TrainConfig
-from bnfctl.data.chat import read_config
+from bnfctl.data.chat import context_length, read_config
 from bnfctl.data.records import Record, Side
 from bnfctl.losses import Loss
 from bnfctl.model.adapters import Lora, add_adapters, without_adapters
 from bnfctl.model.head import CHUNK_ELEMENTS
-from bnfctl.model.loading import choose_packing, load_model, padded_attention
+from bnfctl.model.loading import choose_packing, load_model, padded_attention, stored_dtypes
 from bnfctl.model.policy import Policy, check_parts, set_attention
 from bnfctl.model.pretrained import torch_dtype
 from bnfctl.model.sharding import empty_policy_model, layers, load_rows, shard
@@ -25,7 +27,8 @@ from bnfctl.model.threads import keep_freed_memory
 from bnfctl.shape import shape_of
 from bnfctl.training import reference
 from bnfctl.training.batches import Kept, Layout, Plan, Work, all_sides
-from bnfctl.training.checks import check_parameters
+from bnfctl.training.checks import check_parameters, check_positions, longest_sequence
+from bnfctl.training.memory import loading
 from bnfctl.training.objective import partners
 from bnfctl.training.world import World
 
@@ -51,6 +54,8 @@ class Run:
     splits: dict[str, Work]
     """train, test (all sides; empty where no report is wanted), and for KTO train-kl, test-kl."""
     reference: reference.Reference | None
+    referred: frozenset[str]
+    """The splits that the reference knows."""
     reference_refs: list[str]
     """The artifacts with its cached rows."""
     world: World
@@ -66,29 +71,44 @@ def prepare(
         keep_freed_memory()
     config = resolve(config, source.folder, world)
     sharded = config.parallel == "fsdp" and world.size > 1
-    policy = load(config, source.folder, world, sharded)
-    packed = choose_packing(policy, config.layout, config.attention, str(source.folder))
+    with loading(config, source.folder, world):
+        policy = load(config, source.folder, world, sharded)
+    tested = test_set if config.eval_every else []
+    limit = min(config.max_length, context_length(source.folder) or config.max_length)
+    longest = longest_sequence([*plan.records, *tested], limit if loss.needs_kl else 0)
+    check_positions(source.folder, longest)
+    packed = choose_packing(policy, config.layout, config.attention, longest, str(source.folder))
     rows = packed and policy.attends_rows
     layout = Layout(packed, rows, rows and config.share_prompt)
     budget = budget or config.micro_tokens or footprint.MICRO_TOKENS[policy.device.type]
-    splits = make_splits(loss, plan, test_set if config.eval_every else [], layout, budget, world)
+    splits = make_splits(loss, plan, tested, layout, budget, limit, world)
     stored: reference.Reference | None = None
     refs: list[str] = []
     # A report on the test split has margins, which need the reference whatever the loss.
-    if loss.needs_reference or splits["test"].records:
+    referred = {
+        name: split for name, split in splits.items() if split.records and (loss.needs_reference or name == "test")
+    }
+    if referred:
         if config.reference == "live":
-            stored = live_reference(config, policy, source.folder, world, sharded)
+            with loading(config, source.folder, world):
+                stored = live_reference(config, policy, source.folder, world, sharded)
         else:
             kind = ReferenceConfig(
                 str(policy.compute_dtype).removeprefix("torch."), policy.device.type, policy.attention, packed,
-                policy.compute_dtype != torch.float32 and (sharded or bool(config.lora)), config.quantize,
+                policy.compute_dtype != torch.float32 and (sharded or narrow_base(config, source.folder)),
+                config.quantize,
             )  # fmt: skip
             maker = reference.Maker(source.store, source.pinned, kind, layout, budget, world)
-            stored, refs = maker.cached(policy, splits)
+            stored, refs = maker.cached(policy, referred)
     if config.activation_checkpointing == "on":
         checkpoint_activations(policy)
     optimizer = make_optimizer(config, policy)
-    return Run(config, loss, plan, policy, optimizer, splits, stored, refs, world, sharded)
+    return Run(config, loss, plan, policy, optimizer, splits, stored, frozenset(referred), refs, world, sharded)
+
+
+def narrow_base(config: TrainConfig, folder: Path) -> bool:
+    """Whether LoRA's base is held in bfloat16: it needs no float32 masters where it is stored like that, all of it."""
+    return bool(config.lora) and config.dtype == "bfloat16" and stored_dtypes(folder) == {"bfloat16"}
 
 
 def resolve(config: TrainConfig, folder: Path, world: World) -> TrainConfig:
@@ -110,8 +130,7 @@ def load(config: TrainConfig, folder: Path, world: World, sharded: bool, adapter
     if sharded:
         model = empty_policy_model(folder, attention=attention, trust_remote_code=config.trust_remote_code)
     else:
-        # A frozen base needs no float32 masters.
-        stored = torch_dtype(config.dtype) if config.lora else torch.float32
+        stored = torch.bfloat16 if narrow_base(config, folder) else torch.float32
         model = load_model(folder, stored, attention, config.trust_remote_code, world.device, quantized(config))
     if config.lora and adapters:
         add_adapters(model, lora_of(config), config.seed)
@@ -153,20 +172,19 @@ def quantized(config: TrainConfig) -> Any:
 
 
 def checkpoint_activations(policy: Policy) -> None:
-    """Keep one hidden state per layer, and compute the rest of it again in the backward."""
-    model = policy.model
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers' newer name for it
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    for layer in layers(model):
-        layer.training = True  # what transformers asks for; its parts stay in eval mode, so dropout stays off
+    """Keep one hidden state per layer, and compute the rest of it again in the backward.
+
+    Not transformers' own switch, which wants layers in training mode: some of them then apply dropout.
+    """
+    for layer in layers(policy.model):
+        again = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = again
 
 
 def make_splits(
-    loss: Loss, plan: Plan, test_set: Sequence[Record], layout: Layout, budget: int, world: World
+    loss: Loss, plan: Plan, test_set: Sequence[Record], layout: Layout, budget: int, limit: int, world: World
 ) -> dict[str, Work]:
-    """Which records are computed, for what."""
+    """Which records are computed, for what.  limit: tokens that the model has positions for, or the user wants."""
 
     def keep(side: Side) -> bool:
         return side.label in loss.labels
@@ -176,11 +194,12 @@ def make_splits(
 
     splits = {"train": work(plan.records, keep), "test": work(test_set, all_sides)}
     if loss.needs_kl:
-        limit = plan.config.max_length
-        splits |= {
-            f"{name}-kl": work(partners(split.records, limit), all_sides)
-            for name, split in splits.items() if split.records
-        }  # fmt: skip
+        for name, split in list(splits.items()):
+            mismatched = partners(split.records, limit) if split.records else []
+            if mismatched:
+                splits[f"{name}-kl"] = work(mismatched, all_sides)
+            elif split.records:
+                world.say(f"{name} split: all records have one prompt, so KTO's reference point is 0")
     return splits
 
 

@@ -93,11 +93,30 @@ class World:
 
     def broadcast_json(self, value: Any) -> Any:
         """Rank 0's value on every rank, as it comes back from JSON.  Collective."""
-        return self._from_each(value if self.main else None)[0]
+        mine = self._packed(value if self.main else None)
+        if self.size > 1:
+            with _named_loss(self.meeting):
+                length = torch.tensor(mine.numel(), device=self.device)
+                dist.broadcast(length, 0)
+                mine = mine if self.main else mine.new_empty(int(length))
+                dist.broadcast(mine, 0)
+        return _unpacked(mine)
 
     def gather_json(self, value: Any) -> list[Any]:
         """Every rank's value, as it comes back from JSON, on every rank, in their order.  Collective."""
-        return self._from_each(value)
+        mine = self._packed(value)
+        if self.size == 1:
+            return [_unpacked(mine)]
+        with _named_loss(self.meeting):
+            lengths = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+            lengths[self.rank] = mine.numel()
+            dist.all_reduce(lengths)
+            longest = int(lengths.max())
+            padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+            padded[: mine.numel()] = mine
+            parts = [torch.empty_like(padded) for _ in range(self.size)]
+            dist.all_gather(parts, padded)
+        return [_unpacked(part[:length]) for part, length in zip(parts, lengths.tolist(), strict=True)]
 
     def give_order(self, order: dict[str, Any]) -> None:
         """From rank 0: what `wait_for_order` returns on the others, in the same order of calls.  Not collective."""
@@ -115,24 +134,13 @@ class World:
                 dist.all_reduce(values, how)
         return values
 
-    def _from_each(self, value: Any) -> list[Any]:
-        mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        if self.size == 1:
-            return [json.loads(_bytes(mine))]
-        with _named_loss(self.meeting):
-            lengths = torch.zeros(self.size, dtype=torch.int64, device=self.device)
-            lengths[self.rank] = mine.numel()
-            dist.all_reduce(lengths)
-            longest = int(lengths.max())
-            padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
-            padded[: mine.numel()] = mine
-            parts = [torch.empty_like(padded) for _ in range(self.size)]
-            dist.all_gather(parts, padded)
-        return [json.loads(_bytes(part[:length])) for part, length in zip(parts, lengths.tolist(), strict=True)]
+    def _packed(self, value: Any) -> Tensor:
+        """[bytes] a value's JSON on `device`."""
+        return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
 
 
-def _bytes(values: Tensor) -> bytes:
-    return values.cpu().numpy().tobytes()
+def _unpacked(data: Tensor) -> Any:
+    return json.loads(data.cpu().numpy().tobytes())
 
 
 class _Meeting:

@@ -17,7 +17,6 @@ NOTES = {"sft-all": "the same tokens, every label +1", "sft": "chosen responses 
 
 def load() -> None:
     """Import what a run needs, so that it is not timed."""
-    import pandas  # noqa: F401  (pyarrow imports it when it meets a numpy array)
     import pyarrow.parquet  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 

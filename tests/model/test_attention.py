@@ -20,7 +20,9 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     Phi3Config,
+    PhimoeConfig,
     PretrainedConfig,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
@@ -55,6 +57,15 @@ LEAKS: dict[str, PretrainedConfig] = {
     "lfm2": Lfm2Config(**SHAPE, num_key_value_heads=2, layer_types=["conv", "full_attention"]),
 }
 """Attention sinks, a state space, short convolutions."""
+WINDOWS: dict[str, PretrainedConfig] = {
+    "qwen2-moe": Qwen2MoeConfig(
+        **SHAPE, num_key_value_heads=2, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=2,
+        num_experts_per_tok=1, use_sliding_window=True, sliding_window=9, max_window_layers=0,
+        layer_types=["sliding_attention"] * 2,
+    ),
+    "phimoe": PhimoeConfig(**SHAPE, num_key_value_heads=2, num_local_experts=2, sliding_window=9),
+}  # fmt: skip
+"""Sliding windows of 9 tokens, of which only the mask of these models knows, not the attention."""
 
 
 @pytest.fixture(autouse=True)
@@ -193,7 +204,7 @@ def test_rows_move_to_a_device() -> None:
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_these_models_pack(name: str) -> None:
     policy = policy_of(CONFIGS[name])
-    assert packs(policy, NAME, "eager") and policy.attends_rows
+    assert packs(policy, NAME, "eager", 64) and policy.attends_rows
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
@@ -201,7 +212,15 @@ def test_these_models_pack(name: str) -> None:
 def test_these_models_leak(name: str, compute: torch.dtype) -> None:
     policy = policy_of(LEAKS[name], compute)
     before = policy.attention
-    assert not packs(policy, NAME, before) and policy.attention == before
+    assert not packs(policy, NAME, before, 64) and policy.attention == before
+
+
+@pytest.mark.parametrize("name", list(WINDOWS))
+def test_a_window_that_packing_would_lose(name: str) -> None:
+    """Nothing is lost where no sequence is longer than the window."""
+    policy = policy_of(WINDOWS[name])
+    assert not packs(policy, NAME, "eager", longest=10) and policy.attention == "eager"
+    assert packs(policy, NAME, "eager", longest=9) and policy.attention == NAME
 
 
 def test_sdpa_without_rows_is_found_out() -> None:
@@ -216,12 +235,12 @@ def test_sdpa_without_rows_is_found_out() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register("blind", blind)
-    assert not packs(policy, "blind", "sdpa") and policy.attention == "sdpa"
+    assert not packs(policy, "blind", "sdpa", 64) and policy.attention == "sdpa"
 
 
 def test_auto_falls_back_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     policy = policy_of(LEAKS["gpt-oss"])
-    assert not choose_packing(policy, "auto", "auto", "here")
+    assert not choose_packing(policy, "auto", "auto", 64, "here")
     said = capsys.readouterr().err
     assert "GptOssForCausalLM with eager attention does not keep packed documents apart" in said
     assert "sequences are padded" in said
@@ -229,7 +248,7 @@ def test_auto_falls_back_and_says_so(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_packed_is_an_error_where_it_leaks() -> None:
     with pytest.raises(UsageError, match="does not keep packed documents apart") as caught:
-        choose_packing(policy_of(LEAKS["lfm2"]), "packed", "auto", "the folder")
+        choose_packing(policy_of(LEAKS["lfm2"]), "packed", "auto", 64, "the folder")
     assert caught.value.where == "the folder" and caught.value.hint == "--layout padded"
 
 
@@ -238,16 +257,16 @@ def test_eager_pads(layout: str) -> None:
     policy = policy_of(CONFIGS["llama"])
     if layout == "packed":
         with pytest.raises(UsageError, match="eager attention does not keep"):
-            choose_packing(policy, layout, "eager", "here")
+            choose_packing(policy, layout, "eager", 64, "here")
     else:
-        assert not choose_packing(policy, layout, "eager", "here")
+        assert not choose_packing(policy, layout, "eager", 64, "here")
     assert policy.attention == "eager"
 
 
 def test_padded_is_not_tried(capsys: pytest.CaptureFixture[str]) -> None:
     policy = policy_of(CONFIGS["llama"], attention="sdpa")
-    assert not choose_packing(policy, "padded", "auto", "here") and policy.attention == "sdpa"
-    assert choose_packing(policy, "auto", "auto", "here") and policy.attention == NAME
+    assert not choose_packing(policy, "padded", "auto", 64, "here") and policy.attention == "sdpa"
+    assert choose_packing(policy, "auto", "auto", 64, "here") and policy.attention == NAME
     assert not capsys.readouterr().err
 
 

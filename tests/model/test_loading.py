@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bnfctl.errors import UsageError
-from bnfctl.model.loading import checkpoint_dtype, load_model, save_model
+from bnfctl.model.loading import checkpoint_dtype, load_model, save_model, stored_dtypes
 from bnfctl.model.sharding import full_state
 from tests.model.tiny import write_model
 
@@ -35,6 +35,16 @@ def test_masters_are_float32_and_dropout_is_off(tmp_path: Path) -> None:
 def test_no_model_in_the_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"cannot load the model"):
         load(tmp_path)
+
+
+def test_stored_dtypes_are_those_of_every_tensor(tmp_path: Path) -> None:
+    """One float32 tensor among bfloat16 ones counts; integers do not."""
+    file = write_model(tmp_path / "m") / "model.safetensors"
+    assert stored_dtypes(tmp_path / "m") == {"bfloat16"}
+    tensors = {**load_file(file), "steps": torch.tensor([3])}
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+    save_file(tensors, file)
+    assert stored_dtypes(tmp_path / "m") == {"float32", "bfloat16"}
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16"])

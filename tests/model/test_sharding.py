@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from bnfctl.errors import UsageError
 from bnfctl.model import sharding
 from bnfctl.model.policy import Policy, Sequences
+from bnfctl.training.setup import checkpoint_activations
 from bnfctl.training.world import World
 from tests.model.tiny import VOCABULARY, write_model
 from tests.ranks import run_ranks
@@ -112,19 +114,15 @@ def check_gradients(
 
 
 def checkpoint_layers(policy: Policy, calls: list[int]) -> None:
-    """transformers' own activation checkpointing, on while everything else stays in eval mode."""
+    """Activation checkpointing, with each forward of a layer counted."""
 
-    def counting(run: Callable[..., Any], *args: Any) -> Any:
-        def counted(*inner: Any) -> Any:
-            calls.append(1)
-            return run(*inner)
+    def counting(*args: Any, forward: Callable[..., Any], **kwargs: Any) -> Any:
+        calls.append(1)
+        return forward(*args, **kwargs)
 
-        return torch.utils.checkpoint.checkpoint(counted, *args, use_reentrant=False)
-
-    policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in sharding.layers(policy.model):
-        layer.training = True
-        layer._gradient_checkpointing_func = counting  # type: ignore[assignment]
+        layer.forward = partial(counting, forward=layer.forward)
+    checkpoint_activations(policy)
 
 
 def on_two_ranks(world: World, folders: list[Path], work: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bnfctl import launch
+from bnfctl import dryrun, launch
 from bnfctl.artifact import Artifact, Store
 from bnfctl.config import PUBLISHED_SETS, BuildConfig, GenerateConfig, TrainConfig
 from bnfctl.data.tokens import records
@@ -130,6 +131,19 @@ def test_as_typed_a_model_of_the_paper_takes_its_published_set(model: str, store
     with pytest.raises(UsageError, match=f"could not resolve {PUBLISHED_SETS[model]}: HF_HUB_OFFLINE is set") as caught:
         run(TrainConfig(model=model), store)
     assert caught.value.hint is not None and "bnfctl doctor" in caught.value.hint
+
+
+def test_a_dry_run_estimates_memory_before_there_is_data(
+    policy: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's folder is here, under a name that has a published set, and the set is not built yet."""
+    name = next(iter(PUBLISHED_SETS))
+    shutil.copytree(policy, tmp_path / "here" / name)
+    monkeypatch.chdir(tmp_path / "here")
+    planned = launch.plan("train", TrainConfig(model=name), store, lambda first: None)
+    document = dryrun.describe(planned, {}, store, force=False)
+    assert "data" in document["unresolved"]
+    assert any(re.match(r"\d+\.\d GB per (process|GPU): ", line) for line in document["memory"]), document["memory"]
 
 
 def test_what_is_too_long_is_cut_or_dropped_and_counted(

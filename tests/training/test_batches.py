@@ -148,3 +148,15 @@ def test_kto_puts_each_prompt_before_the_next_records_responses() -> None:
         ([16], [[7, 8, 9], [10]]),  # the last one's partner is the first
     ]
     assert [[side.label for side in r.sides] for r in found] == [[1, -1], [-1], [1, -1]]
+
+
+def test_kto_takes_partners_with_another_prompt() -> None:
+    """A response to the same prompt would not be mismatched, however often and wherever the prompt comes again."""
+    one, two = [5, 6], [7]
+    records = [Record(str(i), p, (Side(1, [20 + i]),)) for i, p in enumerate([one, two, one, one, [5, 6]])]
+    found = partners(records, max_length=9)
+    assert [(r.prompt_ids, r.sides[0].ids) for r in found] == [
+        (one, [21]), (two, [22]), (one, [21]), (one, [21]), (one, [21]),
+    ]  # fmt: skip
+    assert partners([records[0], records[2], records[4]], max_length=9) == []
+    assert partners(records[:1], max_length=9) == []

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 
 from bnfctl.config import TrainConfig
 from bnfctl.errors import BnfctlError
-from bnfctl.training import budget, loop, reference, setup
+from bnfctl.footprint import Machine
+from bnfctl.training import budget, loop, memory, reference, setup
 from bnfctl.training.batches import MicroBatch
 from bnfctl.training.world import World
-from tests.training.data import ALONE, at_reference, make_records, train
+from tests.ranks import run_ranks
+from tests.training.data import ALONE, at_reference, make_records, moved_run, train
 
 CONFIG = TrainConfig(
     model="m", lr=2e-3, batch_size=6, epochs=2, save_every=1, micro_tokens=128, save_dtype="float32", seed=3
@@ -95,7 +97,7 @@ def test_another_error_is_not_taken_for_it(model_dir: Path, tmp_path: Path, monk
     ],
 )
 def test_what_out_of_memory_looks_like(error: Exception, full: bool) -> None:
-    assert budget.is_out_of_memory(error) == full
+    assert memory.is_out_of_memory(error) == full
 
 
 def parameters(work: Path) -> dict[str, torch.Tensor]:
@@ -185,3 +187,61 @@ def test_an_error_of_memory_leaves_no_half_line(
         train(replace(CONFIG, eval_every=2), model_dir, RECORDS, make_records(3, seed=9), tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_the_smaller_of_the_stored_budget_and_the_one_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(BnfctlError), halved(64, tmp_path):
+        raise torch.OutOfMemoryError("full")
+    for asked, first in ((16, 16), (32, 32), (128, 32), (None, 32)):
+        assert budget.first(tmp_path, replace(CONFIG, micro_tokens=asked), ALONE) == first
+        assert ("32 tokens per micro-batch, not" in capsys.readouterr().err) == (first != asked), asked
+
+
+@pytest.mark.parametrize("kind", ["cached", "live"])
+def test_a_model_that_does_not_fit_is_not_a_matter_of_the_budget(
+    kind: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, loaded = setup.load, []
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        loaded.append(1)
+        if len(loaded) == (2 if kind == "live" else 1):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nand more")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(setup, "load", full)
+    with pytest.raises(BnfctlError, match="the model does not fit into memory on rank 0: CUDA out of memory") as caught:
+        train(replace(CONFIG, reference=kind), model_dir, RECORDS, [], tmp_path)
+    assert caught.value.exit_code == 1 and caught.value.where == str(model_dir)
+    assert "--lora 16" in str(caught.value.hint) and "\n" not in str(caught.value)
+    assert budget.stored(tmp_path) is None
+
+
+def test_what_to_do_for_a_model_that_does_not_fit(model_dir: Path) -> None:
+    """As --dry-run says it where its estimate agrees; another process may have the memory where it does not."""
+    assert memory.remedy(CONFIG, model_dir, Machine(1, 10**6)).startswith("try --")
+    assert memory.remedy(CONFIG, model_dir, Machine(1, 10**11)).startswith("free the memory that other processes hold")
+
+
+def full_on_one_rank(world: World, model: str, home: str, count: int) -> None:
+    """Sharded: rank 1 is out of memory in a layer, and rank 0 waits for it in there: rank 1's error must come out."""
+    run = moved_run(
+        Path(model), Path(home), RECORDS[:count], home=Path(home), world=world, parallel="fsdp", micro_tokens=512
+    )[0]
+    assert run.sharded and budget.probe(run) == 512
+    if not world.main:
+        budget.backward = full_above(0, budget.backward)
+    kind = BnfctlError if count == 1 else torch.OutOfMemoryError
+    with pytest.raises(kind, match="longest record does not fit" if count == 1 else "CUDA out of memory"):
+        budget.probe(run)
+    raise RuntimeError(f"came out on rank {world.rank}")
+
+
+@pytest.mark.parametrize("count", [6, 1])
+def test_one_full_rank_of_a_sharded_model_does_not_leave_the_others_waiting(
+    count: int, model_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(AssertionError, match="came out on rank 1"):
+        run_ranks(full_on_one_rank, 2, str(model_dir), str(tmp_path / "home"), count, timeout=90)

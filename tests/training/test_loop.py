@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from bnfctl import tables
+from bnfctl.artifact import Store
 from bnfctl.config import TrainConfig
 from bnfctl.data.records import Record, Side
 from bnfctl.errors import BnfctlError, UsageError
-from bnfctl.losses import make
-from bnfctl.training.batches import Plan
-from bnfctl.training.loop import learning_rate, take_step
+from bnfctl.losses import Stats, make
+from bnfctl.training.batches import Plan, step_data
+from bnfctl.training.loop import kl_stats, learning_rate, take_step
 from bnfctl.training.setup import load, make_optimizer
-from tests.model.tiny import VOCABULARY, write_model
+from tests.model.tiny import VOCABULARY, write_any, write_model
 from tests.training.data import ALONE, make_records, prepare, train
 
 
@@ -138,6 +139,49 @@ def test_eval_lines(model_dir: Path, tmp_path: Path) -> None:
     train(config(eval_every=1, epochs=1, lr=0, loss="bnf"), model_dir, make_records(8), test_set, tmp_path / "b")
     (still,) = lines(tmp_path / "b", "test")
     assert still["margin"] == pytest.approx(0, abs=1e-5) and still["shift_chosen"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_report_needs_no_reference_of_the_training_split(model_dir: Path, tmp_path: Path) -> None:
+    """SFT has none of its own: its report is measured against rows of the test split alone."""
+    train(config(loss="sft", eval_every=1, epochs=1), model_dir, make_records(8), make_records(5, seed=9), tmp_path)
+    (made,) = Store(tmp_path / "home").artifacts("reference")
+    assert len(list(made.rows())) == 5 * 2
+    for key in ("shift_chosen", "shift_rejected", "margin"):
+        assert all(line[key] is None for line in lines(tmp_path)), key
+        assert all(isinstance(line[key], float) for line in lines(tmp_path, "test")), key
+
+
+def test_kto_cuts_mismatched_responses_to_the_models_positions(tmp_path: Path) -> None:
+    shape = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 24}
+    folder = write_any(tmp_path / "gpt2", GPT2Config(**shape))
+    records = [Record("a", [5] * 20, (Side(1, [6, 7]),)), Record("b", [5], (Side(-1, [8] * 20),))]
+    summary = train(config(loss="kto", epochs=1), folder, records, records, tmp_path / "work")
+    assert math.isfinite(summary["final"]["objective"])
+
+
+def test_kto_without_a_second_prompt(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = [Record(r.id, [5, 6], r.sides) for r in make_records(3)]
+    run = prepare(config(loss="kto"), make("kto"), records, [], model_dir, tmp_path)
+    assert "train split: all records have one prompt, so KTO's reference point is 0" in capsys.readouterr().err
+    data = step_data(run.splits["train"].records, range(3), run.splits["train"].keep)
+    assert kl_stats(run, "train", range(3), data) == Stats(kl=0.0)
+    assert math.isfinite(take_step(run, [0, 1, 2], 1, log=True)["objective"])
+
+
+def test_long_rotary_frequencies_are_refused(tmp_path: Path) -> None:
+    """transformers takes them for a whole micro-batch, so a short sequence's numbers depend on its neighbours."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, "factor": 2.0,
+            "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}  # fmt: skip
+    folder = write_model(tmp_path / "m", rope_parameters=rope)
+    train(config(loss="sft", epochs=1), folder, [Record("a", [5] * 6, (Side(1, [6] * 10),))], [], tmp_path / "short")
+    with pytest.raises(UsageError, match="sequences of 17 tokens need this model's long rotary") as caught:
+        train(config(), folder, [Record("a", [5] * 6, (Side(1, [6] * 11),))], [], tmp_path / "long")
+    assert (caught.value.where, caught.value.hint) == ("--max-length", "--max-length 16")
+    # KTO puts a prompt before the responses to another one.
+    crossed = [Record("a", [5] * 10, (Side(1, [6]),)), Record("b", [5], (Side(1, [6] * 10),))]
+    with pytest.raises(UsageError, match="sequences of 20 tokens"):
+        train(config(loss="kto"), folder, crossed, [], tmp_path / "kto")
+    train(config(loss="kto", epochs=1, max_length=16), folder, crossed, [], tmp_path / "kto-cut")
 
 
 def test_an_empty_test_split_is_said(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

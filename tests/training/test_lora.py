@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from bnfctl import console
 from bnfctl.config import TrainConfig
@@ -23,7 +23,7 @@ from bnfctl.model.adapters import without_adapters
 from bnfctl.model.policy import set_attention
 from bnfctl.training import loop, setup
 from tests.losses.ragged import relative
-from tests.model.tiny import write_model
+from tests.model.tiny import VOCABULARY, opt_config, write_any, write_model
 from tests.training.data import ALONE, at_reference, gradients, make_records, move, moved_run, train
 
 CONFIG = TrainConfig(model="m", lr=2e-2, batch_size=4, epochs=2, lora=4, micro_tokens=64, save_dtype="float32")
@@ -76,11 +76,13 @@ def test_adapters_alone_are_trained(exact_dir: Path, tmp_path: Path) -> None:
     assert line["shift_chosen"] > 0.1 and line["shift_rejected"] < -0.1
 
 
-def test_in_bfloat16_the_adapters_stay_float32(exact_dir: Path, tmp_path: Path) -> None:
-    """A frozen base is kept in the compute type; an adapter of that type would not feel a small learning rate."""
-    run, line = trained_run(exact_dir, tmp_path, dtype="bfloat16", lr=1e-5)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_in_bfloat16_the_adapters_stay_float32(stored: torch.dtype, tmp_path: Path) -> None:
+    """A frozen base is kept as it is stored; a bfloat16 adapter would not feel a small learning rate."""
+    folder = write_model(tmp_path / "model", dtype=stored)
+    run, line = trained_run(folder, tmp_path, dtype="bfloat16", lr=1e-5)
     kinds = {("lora_" in name, p.dtype) for name, p in run.policy.model.named_parameters()}
-    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    assert kinds == {(True, torch.float32), (False, stored)}
     moved = [p for name, p in run.policy.model.named_parameters() if "lora_B" in name]
     assert all(0 < float(p.detach().abs().max()) < 1e-3 for p in moved)
     assert line["coefficient"] > 0.99
@@ -104,9 +106,11 @@ def test_the_seed_draws_the_adapters(exact_dir: Path, tmp_path: Path) -> None:
         assert 0.9 < float(first.detach().abs().max()) * first.shape[1] ** 0.5 <= 1
 
 
-def test_the_merged_folder_is_the_adapted_model(exact_dir: Path, tmp_path: Path) -> None:
-    run, _ = trained_run(exact_dir, tmp_path / "memory")
-    train(CONFIG, exact_dir, RECORDS, [], tmp_path / "saved")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_merged_folder_is_the_adapted_model(dtype: str, exact_dir: Path, tmp_path: Path) -> None:
+    """What has no adapter is the base's, bit for bit, whatever it was computed in."""
+    run, _ = trained_run(exact_dir, tmp_path / "memory", dtype=dtype)
+    train(replace(CONFIG, dtype=dtype), exact_dir, RECORDS, [], tmp_path / "saved")
     merged, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "saved" / "model", exact_dir))
     state = run.policy.model.state_dict()
     assert merged.keys() == base.keys()
@@ -121,6 +125,18 @@ def test_the_merged_folder_is_the_adapted_model(exact_dir: Path, tmp_path: Path)
     adapted = logits_now(run)
     assert relative(logits_of(tmp_path / "saved" / "model"), adapted) < 1e-5
     assert relative(logits_of(exact_dir), adapted) > 0.01
+
+
+@pytest.mark.parametrize("targets", [("all-linear",), ("attn.c_proj",)])
+def test_the_merged_folder_of_a_gpt2(targets: tuple[str, ...], tmp_path: Path) -> None:
+    """Its matrices are [in, out]; attn.c_proj is square, so that nothing but the numbers tells a wrong merge."""
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=32, initializer_range=0.2)
+    folder = write_any(tmp_path / "gpt2", config)
+    run, _ = trained_run(folder, tmp_path / "memory", lora_targets=targets)
+    train(replace(CONFIG, lora_targets=targets), folder, RECORDS, [], tmp_path / "saved")
+    adapted = logits_now(run)
+    assert relative(logits_of(tmp_path / "saved" / "model"), adapted) < 1e-5
+    assert relative(logits_of(folder), adapted) > 0.01
 
 
 def test_the_adapter_folder_loads_in_peft(exact_dir: Path, tmp_path: Path) -> None:
@@ -199,7 +215,7 @@ def test_named_targets(exact_dir: Path) -> None:
 def test_activation_checkpointing_changes_no_gradient(
     loss: str, lora: int, dtype: str, exact_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model's attention dropout of 0.5 stays off, though its layers think that they are training."""
+    """The layers are computed twice, with the model's attention dropout of 0.5 off."""
     found = {}
     for kind in ("off", "on"):
         fields = {"loss": loss, "lora": lora, "dtype": dtype, "activation_checkpointing": kind, "attention": "eager"}
@@ -222,6 +238,18 @@ def test_activation_checkpointing_changes_no_gradient(
     assert found["on"].keys() == found["off"].keys()
     for name, grad in found["on"].items():
         assert relative(grad, found["off"][name]) < 1e-6, name
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_activation_checkpointing_applies_no_dropout(lora: int, tmp_path: Path) -> None:
+    """An OPT layer in training mode drops its hidden states out, in functions that no submodule's mode turns off."""
+    folder = write_any(tmp_path / "opt", opt_config())
+    found = {}
+    for kind in ("off", "on"):
+        run, _ = moved_run(folder, tmp_path, RECORDS, home=tmp_path, lora=lora, activation_checkpointing=kind)
+        found[kind], _ = gradients(run, range(9))
+    assert found["on"].keys() == found["off"].keys()
+    assert all(relative(grad, found["off"][name]) < 1e-6 for name, grad in found["on"].items())
 
 
 def test_checkpointing_leaves_the_first_step_at_the_reference(exact_dir: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from bnfctl.data.records import Record
 from bnfctl.losses import make
 from bnfctl.training.world import World
 from tests.losses.ragged import relative
-from tests.model.tiny import write_model
+from tests.model.tiny import opt_config, write_any, write_model
 from tests.ranks import run_ranks
 from tests.training.data import gradients, make_records, moved_run
 
@@ -25,7 +25,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 """By model: some records in a micro-batch, packed; and one in each, padded."""
 LORA = {"loss": "bnf", "lora": 2, "micro_tokens": 30, "lora_targets": ("q_proj", "up_proj")}
-LORA_CHECKPOINTED = {**LORA, "activation_checkpointing": "on"}
+CHECKPOINTED = {"activation_checkpointing": "on"}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("tied", LORA),
+    "lora-checkpointed": ("tied", {**LORA, **CHECKPOINTED}),
+    "opt-checkpointed": ("opt", {"loss": "bnf", "micro_tokens": 30, **CHECKPOINTED}),
+}
+"""Model and fields; the gradient is that of one process without checkpointing."""
 
 
 def data_for(name: str) -> list[Record]:
@@ -62,8 +68,8 @@ def on_each_rank(world: World, folders: list[Path], home: Path, out: Path) -> No
             for name in sorted(tables.LOSSES):
                 fields = {"loss": name, "parallel": parallel, **LAYOUTS[folder.name]}
                 measure(f"{parallel}/{folder.name}/{name}", folder, fields)
-        for case, fields in {"lora": LORA, "lora-checkpointed": LORA_CHECKPOINTED}.items():
-            measure(f"{parallel}/{case}", folders[0], {"parallel": parallel, **fields})
+        for case, (model, fields) in CASES.items():
+            measure(f"{parallel}/{case}", folders[0].parent / model, {"parallel": parallel, **fields})
     assert all(line == other for line, other in zip(*world.gather_json(list(lines.values())), strict=True))
     if world.main:
         save_file(found, out / "gradients.safetensors")
@@ -85,6 +91,7 @@ def check(label: str, exact: dict[str, torch.Tensor], line: dict[str, Any], out:
 
 def test_two_ranks_equal_one_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folders = [write_model(tmp_path / "tied"), write_model(tmp_path / "untied", tie_word_embeddings=False)]
+    write_any(tmp_path / "opt", opt_config())
     home = tmp_path / "home"
     run_ranks(on_each_rank, 2, folders, home, tmp_path)
     capfd.readouterr()
@@ -96,8 +103,9 @@ def test_two_ranks_equal_one_process(tmp_path: Path, capfd: pytest.CaptureFixtur
                 exact, line = gradients(run, positions)
                 for parallel in ("ddp", "fsdp"):
                     check(f"{parallel}/{folder.name}/{name}/{step}", exact, line, tmp_path)
-    for case in ("lora", "lora-checkpointed"):
-        run, _ = moved_run(folders[0], home, data_for("bnf"), home=home, **{**LORA, "micro_tokens": 10_000})
+    for case, (model, fields) in CASES.items():
+        whole = {**fields, "micro_tokens": 10_000, "activation_checkpointing": "off"}
+        run, _ = moved_run(tmp_path / model, home, data_for("bnf"), home=home, **whole)
         for step, positions in steps_of("bnf").items():
             exact, line = gradients(run, positions)
             for parallel in ("ddp", "fsdp"):

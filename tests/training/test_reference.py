@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
+import signal
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +18,20 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+from bnfctl import console
 from bnfctl.artifact import Artifact, Store
 from bnfctl.config import ReferenceConfig, TrainConfig
 from bnfctl.data.records import Record
-from bnfctl.errors import BnfctlError
+from bnfctl.errors import BnfctlError, Interrupted
 from bnfctl.training import loop, reference, setup
+from bnfctl.training.batches import Work
+from bnfctl.training.world import World
 from tests.model.tiny import write_model
+from tests.ranks import run_ranks
 from tests.training.data import ALONE, at_reference, make_records, moved_run, source_of, train
 
 CONFIG = TrainConfig(model="m", lr=2e-3, batch_size=4, eval_every=3, micro_tokens=64)
+SMALL = replace(CONFIG, micro_tokens=20)
 RECORDS, TEST_SET = make_records(9), make_records(3, seed=4)
 
 
@@ -34,9 +42,9 @@ class Passes:
         self.sizes: list[int] = []
         original = reference.Maker._pass
 
-        def counting(maker: Any, policy: Any, records: Sequence[Record], parts: Path) -> None:
-            self.sizes.append(sum(len(record.sides) for record in records))
-            original(maker, policy, records, parts)
+        def counting(maker: Any, policy: Any, work: Work, units: Any, parts: Path) -> None:
+            self.sizes.append(sum(len(record.sides) for record in work.records))
+            original(maker, policy, work, units, parts)
 
         monkeypatch.setattr(reference.Maker, "_pass", counting)
 
@@ -179,8 +187,18 @@ def stored(home: Path) -> Artifact:
     return artifact
 
 
+@pytest.mark.parametrize(
+    ("shift", "found"),
+    [(1e-3, r"0\.001, in both directions 0\.001"), (-1e-3, r"(0|\S+e-\d+), in both directions 0\.001")],
+    ids=["above", "below: c is 1 where the reference is too low"],
+)
 def test_a_reference_that_drifts_stops_before_the_first_update(
-    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shift: float,
+    found: str,
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     train(CONFIG, model_dir, RECORDS, TEST_SET, tmp_path / "first", tmp_path / "home")
     assert "reference drift at step 0: mean of 1 - c is" in capsys.readouterr().err
@@ -189,11 +207,11 @@ def test_a_reference_that_drifts_stops_before_the_first_update(
     def tampered(artifact: Artifact, wanted: Any, found: Any) -> None:
         read(artifact, wanted, found)
         for hash_ in found:
-            found[hash_] = found[hash_] + 1e-3
+            found[hash_] = found[hash_] + shift
 
     monkeypatch.setattr(reference, "_read", tampered)
     with pytest.raises(
-        BnfctlError, match=r"differs from its reference at step 0: the mean of 1 - c is 0\.001"
+        BnfctlError, match=rf"differs from its reference at step 0: the mean of 1 - c is {found}, above 1e-05"
     ) as caught:
         train(CONFIG, model_dir, RECORDS, TEST_SET, tmp_path / "second", tmp_path / "home")
     assert caught.value.where == stored(tmp_path / "home").ref
@@ -209,10 +227,10 @@ def test_a_reference_that_drifts_stops_before_the_first_update(
 def test_the_limit_of_bfloat16_is_wider(model_dir: Path, tmp_path: Path) -> None:
     for dtype, passing, failing in (("float32", 9e-6, 2e-5), ("bfloat16", 9e-3, 2e-2)):
         run = at_reference(model_dir, tmp_path, RECORDS, dtype=dtype)
-        loop.check_drift(run, passing)
+        loop.check_drift(run, 0.0, passing)
         for drift in (failing, float("nan")):
             with pytest.raises(BnfctlError, match="differs from its reference"):
-                loop.check_drift(run, drift)
+                loop.check_drift(run, 0.0, drift)
 
 
 def test_a_corrupted_shard_is_named(model_dir: Path, tmp_path: Path) -> None:
@@ -278,3 +296,64 @@ def test_two_runs_at_once_make_one_pass(
         thread.join(120)
     assert passes.sizes == [18]
     assert found == {0: [stored(tmp_path / "home").ref], 1: [stored(tmp_path / "home").ref]}
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, model_dir: Path, tmp_path: Path) -> None:
+    """A run that is killed when two parts of its reference pass are there."""
+    monkeypatch.setattr(reference, "UNITS_PER_PART", 1)
+    original, begun = reference.Maker._unit, []
+
+    def unit(*args: Any) -> None:
+        begun.append(1)
+        if len(begun) > 2:
+            raise KeyboardInterrupt
+        original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference.Maker, "_unit", unit)
+        with pytest.raises(KeyboardInterrupt):
+            train(SMALL, model_dir, RECORDS, [], tmp_path / "killed", tmp_path / "home")
+    assert len(list((tmp_path / "home" / ".drafts").rglob("*.parquet"))) == 2
+
+
+def test_parts_of_the_same_responses_in_other_records_are_not_taken(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unpaired build of the same responses has the same draft; its parts hold other ones."""
+    interrupted(monkeypatch, model_dir, tmp_path)
+    singles = [Record(f"{r.id}-{i}", r.prompt_ids, (side,)) for r in RECORDS for i, side in enumerate(r.sides)]
+    train(SMALL, model_dir, singles[::-1], [], tmp_path / "second", tmp_path / "home")
+    rows = {row["response"] for row in stored(tmp_path / "home").rows()}
+    assert rows == {reference.response_hash(record, side) for record in RECORDS for side in record.sides}
+
+
+def test_parts_with_other_rows_are_not_published(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(monkeypatch, model_dir, tmp_path)
+    first, second = sorted((tmp_path / "home" / ".drafts").rglob("*.parquet"))
+    shutil.copy(first, second)
+    with pytest.raises(BnfctlError, match=r"hold 1\d responses that are not the 18 asked for") as caught:
+        train(SMALL, model_dir, RECORDS, [], tmp_path / "killed", tmp_path / "home")
+    assert caught.value.where == str(first.parent) and str(first.parent) in str(caught.value.hint)
+    assert not list((tmp_path / "home" / "reference").glob("*"))
+    shutil.rmtree(first.parent)
+    assert train(SMALL, model_dir, RECORDS, [], tmp_path / "killed", tmp_path / "home")["steps"] == 3
+
+
+def stopped_while_waiting(world: World, model: str, home: str) -> None:
+    """Another process makes the reference; a second later, the rank that is not the first gets a signal."""
+    if not world.main:
+        threading.Timer(1, lambda: setattr(console, "_signal", signal.SIGTERM)).start()
+    begun = time.monotonic()
+    with pytest.raises(Interrupted) as caught:
+        moved_run(Path(model), Path(home), RECORDS, home=Path(home), world=world)
+    assert caught.value.exit_code == 143 and time.monotonic() - begun < 60
+
+
+def test_waiting_ranks_agree_on_a_stop(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(monkeypatch, model_dir, tmp_path)
+    (lock,) = (tmp_path / "home" / ".drafts").glob("*.lock")
+    with open(lock, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        run_ranks(stopped_while_waiting, 2, str(model_dir), str(tmp_path / "home"), timeout=90)

@@ -144,6 +144,20 @@ def test_lines_after_the_checkpoint_are_cut(model_dir: Path, tmp_path: Path, und
     assert content(tmp_path) == content(undisturbed)
 
 
+def test_lost_lines_are_an_error(model_dir: Path, tmp_path: Path) -> None:
+    """Not filled up with NUL bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(4, patch)
+        with pytest.raises(Interrupted):
+            train(CONFIG, model_dir, RECORDS, TEST_SET, tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(lines[:-1])
+    with pytest.raises(BnfctlError, match=f"has {len(lines) - 1} bytes, and had {len(lines)} when") as caught:
+        train(CONFIG, model_dir, RECORDS, TEST_SET, tmp_path)
+    assert "--force" in str(caught.value.hint)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == lines[:-1] and not (tmp_path / "model").exists()
+
+
 def test_without_checkpoints_a_run_starts_again(model_dir: Path, tmp_path: Path, undisturbed: Path) -> None:
     plain = replace(CONFIG, save_every=0)
     train(plain, model_dir, RECORDS, TEST_SET, tmp_path)

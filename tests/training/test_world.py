@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from bnfctl.errors import UsageError
 from bnfctl.machine import Place
 from bnfctl.training.world import World, compare, joined
 from tests.conftest import REPOSITORY
+from tests.ranks import run_ranks
 
 SCRIPT = str(REPOSITORY / "tests" / "rank_script.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -129,6 +131,18 @@ def test_one_process_is_a_world_of_its_own() -> None:
         world.give_order({"do": "nothing"})
     with joined() as later:
         assert isinstance(later, World) and later is not world
+
+
+def broadcasts(world: World) -> None:
+    """Without what costs every rank the others' padded bytes."""
+    dist.all_gather = None
+    for value in ("x", {"ids": ["é" * 10] * world.rank}, list(range(1000)), None):
+        found = world.broadcast_json(value)
+        assert found == ({"ids": []} if isinstance(value, dict) else value)
+
+
+def test_a_broadcast_sends_the_first_ranks_bytes_alone() -> None:
+    run_ranks(broadcasts, 2, timeout=90)
 
 
 STATE = {"rank": 0, "size": 2, "version": "1", "torch": "2", "asked": "a", "kind": "cpu", "gpu": None}
