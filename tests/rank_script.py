@@ -1,4 +1,4 @@
-"""What the processes of tests/test_ranks.py and tests/training/test_world.py do, as ranks of any launcher.
+"""What the processes of tests/test_ranks.py and tests/training/test_ranks_meet.py do, as ranks of any launcher.
 
     python tests/rank_script.py MODE FOLDER
 
