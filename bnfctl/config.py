@@ -54,7 +54,7 @@ class ScoreConfig:
     scorer: str = opt("rules", help="How to score.", choices=tuple(SCORERS))
     rule: str = opt("numeric", help="The verifier of `rules`.", choices=tuple(RULES))
     pattern: str | None = opt(None, help="Regular expression of `--rule regex`; group 1, if any, is the answer.")
-    model: str | None = opt(None, help="Reward model of `reward-model`: one-label classifier.", input="model")
+    model: str | None = opt(None, help="Reward model; `reward-model` takes any one-label classifier.", input="model")
     max_length: int = opt(4096, help="Longest prompt + response in tokens; longer ones get a null reward.", low=1)
     dtype: str = opt("auto", help="Compute type; auto is bfloat16 on a GPU, float32 on a CPU.", choices=_DTYPES)
     batch_tokens: int = opt(8192, help="Padded tokens per forward. " + _SPEED_ONLY, key=False, low=1)

@@ -47,6 +47,7 @@ def examine(home: Path) -> Iterator[Finding]:
             yield Finding(package, "missing", "pip install bnfctl")
     yield from _devices()
     yield from _extras()
+    yield Finding("pairrm, armorm", "note", "not yet checked against the released weights")
     yield _disk(home)
     yield _hub()
 

@@ -30,6 +30,8 @@ SAMPLERS = {
 SCORERS = {
     "rules": "bnfctl.scorers.rules:RulesScorer",
     "reward-model": "bnfctl.scorers.classifier:ClassifierScorer",
+    "pairrm": "bnfctl.scorers.pairrm:PairRMScorer",
+    "armorm": "bnfctl.scorers.armorm:ArmoRMScorer",
 }
 RULES = {
     "exact": "bnfctl.scorers.rules:exact",

@@ -11,6 +11,13 @@ from bnfctl.data.records import Group, Reward
 from bnfctl.errors import UsageError
 from bnfctl.tables import SCORERS, load
 
+MODEL_HINTS = {
+    "reward-model": "--model ID or FOLDER of a one-label classifier",
+    "pairrm": "--model llm-blender/PairRM",
+    "armorm": "--model RLHFlow/ArmoRM-Llama3-8B-v0.1",
+}
+"""What to type where a scorer lacks its model."""
+
 
 class Scorer(Protocol):
     """Gives rewards to groups, one group at a time or many together."""
@@ -32,7 +39,7 @@ def make(config: ScoreConfig, model_dir: Path | None = None) -> Scorer:
     if config.scorer == "rules":
         scorer: Scorer = kind(config)
     elif model_dir is None:
-        raise UsageError(f"{config.scorer} needs a model", where="--model", hint="a one-label classifier: id or folder")
+        raise UsageError(f"{config.scorer} needs a model", where="--model", hint=MODEL_HINTS[config.scorer])
     else:
         scorer = kind(config, model_dir)
     return scorer

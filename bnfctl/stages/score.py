@@ -42,9 +42,10 @@ def plan(config: ScoreConfig, store: Store) -> Plan | Prerequisite:
         imported = GenerateConfig(prompts=config.input, sampler="file")
         return Prerequisite("generate", imported, "input", f"{config.input} is imported as candidates")
     inputs = {"input": store.find(config.input, "generate", "INPUT").pinned()}
-    if config.scorer == "reward-model":
+    if config.scorer != "rules":
         if config.model is None:
-            raise UsageError("reward-model needs a model", where="--model", hint="a one-label classifier: id or folder")
+            hint = scorers.MODEL_HINTS[config.scorer]
+            raise UsageError(f"{config.scorer} needs a model", where="--model", hint=hint)
         inputs["model"] = pin_model(config.model, store)
         config = dataclasses.replace(config, dtype=resolve_dtype(config.dtype))
     if config.scorer == "rules" and config.rule == "regex":
