@@ -107,11 +107,12 @@ def rows_attention(
 
     rows_query, rows_key, rows_value = spread(query), spread(key), spread(value)
     groups = query.shape[1] // key.shape[1]
-    native = query.is_cuda and softcap is None  # a CPU has no kernel for grouped heads
-    if groups > 1 and not native:
-        rows_key, rows_value = (x.repeat_interleave(groups, dim=1) for x in (rows_key, rows_value))
     window = sliding_window if sliding_window is not None and sliding_window < width else None
     mask = None if window is None and softcap is None else _mask(width, window, query.device)
+    # Of torch's kernels only flash attention has grouped heads: on a GPU, in 16 bits, without a mask.
+    native = query.is_cuda and mask is None and value.dtype != torch.float32
+    if groups > 1 and not native:
+        rows_key, rows_value = (x.repeat_interleave(groups, dim=1) for x in (rows_key, rows_value))
     if softcap is not None:
         assert mask is not None
         out = _capped(rows_query, rows_key, rows_value, mask, scaling, softcap)
