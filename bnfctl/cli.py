@@ -368,8 +368,7 @@ def main() -> None:
         code = 1
     except _ClickError as error:
         code = _fail(UsageError(error.format_message(), hint="bnfctl --help, or bnfctl COMMAND --help"))
-    sys.stderr.flush()
-    sys.exit(code)
+    machine.leave(code)
 
 
 def _fail(error: BnfctlError) -> int:

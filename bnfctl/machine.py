@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
 from pathlib import Path
+from typing import NoReturn
 
 from bnfctl.errors import UsageError
 
@@ -36,6 +39,19 @@ class Place:
     local_size: int
     launcher: str
     """Who started the ranks, for messages: "one process", "bnfctl", "torchrun", "accelerate launch", "srun", ..."""
+
+
+def leave(code: int) -> NoReturn:
+    """End this process.  One of several ranks that ends with an error skips what comes at a normal exit.
+
+    There torch takes its collectives down, which with a peer gone may abort this process, or wait for it.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.suppress(UsageError):  # variables of a launcher that make no sense: no rank
+        if code and place().size > 1:
+            os._exit(code)
+    sys.exit(code)
 
 
 def has_gpu() -> bool:

@@ -367,4 +367,4 @@ def _quiet_torch() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(Path(sys.argv[1])))
+    machine.leave(_main(Path(sys.argv[1])))

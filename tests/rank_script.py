@@ -155,4 +155,4 @@ def main(mode: str, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], Path(sys.argv[2])))
+    machine.leave(main(sys.argv[1], Path(sys.argv[2])))

@@ -233,7 +233,7 @@ def check_drift(run: Run, drift: float, gap: float) -> None:
     limit = DRIFT.get(run.policy.compute_dtype, DRIFT[torch.bfloat16])
     found = f"mean of 1 - c is {drift:.2g}, in both directions {gap:.2g}"
     run.world.say(f"reference drift at step 0: {found} (limit {limit:g})")
-    if not max(drift, gap / 2) <= limit and not run.config.allow_drift:
+    if not (drift <= limit and gap / 2 <= limit) and not run.config.allow_drift:  # NaN is no drift that passes
         raise BnfctlError(
             f"the policy differs from its reference at step 0: the {found}, above {limit:g}",
             where=", ".join(run.reference_refs) or "--reference live",
