@@ -249,9 +249,10 @@ def _free_port() -> int:
 def _failure(ended: Ended, shared: Path, log: Path) -> BnfctlError:
     """The error of the rank that ended first, named, with its log; Interrupted where this process was asked to stop."""
     rank = f"rank {ended.rank}"
-    try:
+    raw: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
         raw = json.loads((shared / f"{ended.rank}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if "error" not in raw:  # killed before it could say why, or after its summary
         raw = {"error": f"{rank} ended with exit code {ended.code}", "exit_code": 1, "where": None,
                "hint": "the same command resumes"}  # fmt: skip
         if ended.code < 0:

@@ -43,6 +43,12 @@ def alive(pid: int) -> bool:
         return False
 
 
+def rank_of(pid: int) -> int:
+    """Which rank a process is, from its environment: at the end of a training one may be gone before the other."""
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(int(v.removeprefix(b"RANK=")) for v in variables if v.startswith(b"RANK="))
+
+
 def command(home: Path, data: str, parallel: str) -> list[str]:
     """Some 60 steps, a checkpoint at every fifth."""
     return [
@@ -61,13 +67,14 @@ def attempt(argv: list[str], kill_after: float | None, draw: random.Random) -> t
     except subprocess.TimeoutExpired:
         ranks = children(process.pid)
         victim = draw.choice([process.pid, *ranks])
+        name = -1 if victim == process.pid else rank_of(victim)
         os.kill(victim, signal.SIGKILL)
         _, err = process.communicate(timeout=90)
         deadline = time.monotonic() + 60
         while any(map(alive, ranks)) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not any(map(alive, ranks)), "a rank outlives its training by a minute"
-        return process.returncode, err, -1 if victim == process.pid else ranks.index(victim)
+        return process.returncode, err, name
 
 
 def digest(home: Path) -> str:
