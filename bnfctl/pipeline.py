@@ -268,7 +268,7 @@ def headline(artifact: Artifact) -> str:
             )
             parts.append(f"{name} {result['mean']:.3f}{gain}")
         return ", ".join(parts)
-    shown = (
+    shown = [
         "prompts",
         "candidates",
         "mean_reward",
@@ -279,7 +279,7 @@ def headline(artifact: Artifact) -> str:
         "test",
         "steps",
         "tokens",
-    )
+    ]
     return ", ".join(f"{name} {summary[name]}" for name in shown if isinstance(summary.get(name), (int, float)))
 
 

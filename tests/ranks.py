@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import socket
 import sys
 import tempfile
 import time
@@ -16,6 +18,17 @@ import torch.distributed as dist
 
 from bnfctl.machine import Place
 from bnfctl.training.world import World
+from tests.conftest import REPOSITORY
+
+SCRIPT = str(REPOSITORY / "tests" / "rank_script.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def one_process() -> World:

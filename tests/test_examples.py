@@ -15,7 +15,7 @@ from bnfctl.artifact import STAGES, Artifact, Store
 from bnfctl.config import BuildConfig, TrainConfig
 from bnfctl.options import fields
 from tests.conftest import REPOSITORY
-from tests.training.test_ranks_meet import free_port
+from tests.ranks import free_port
 
 SCRIPTS = sorted((REPOSITORY / "examples").glob("*.sh"))
 

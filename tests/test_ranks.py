@@ -20,7 +20,7 @@ from bnfctl.config import BuildConfig, TrainConfig
 from bnfctl.errors import BnfctlError, Interrupted, UsageError
 from bnfctl.machine import Place, place
 from tests.conftest import Done
-from tests.training.test_ranks_meet import ENV, SCRIPT, TORCHRUN, free_port
+from tests.ranks import ENV, SCRIPT, TORCHRUN, free_port
 
 TWO = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 SLURM = {"SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "4", "SLURM_LOCALID": "0", "SLURM_NODEID": "2",

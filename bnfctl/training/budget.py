@@ -99,7 +99,7 @@ def _fits(run: Run, batch: MicroBatch, catch: bool) -> bool:
         moments = torch.empty(2 * trained, dtype=torch.float32, device=device)
         moved = batch.to(device)
         like = torch.zeros_like(moved.sequences.target, dtype=torch.float32)
-        if run.reference is not None and "train" in run.referred:
+        if "train" in run.referred:
             like = forward(run.policy, moved, None, entropy=False).tokens.log_odds
         backward(run.policy, run.loss, moved, like, Stats(kl=0.0), 1.0, run.loss.needs_entropy)
         del moments

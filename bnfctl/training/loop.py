@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +53,16 @@ def train(
     work.mkdir(parents=True, exist_ok=True)
     first = budget.first(work, config, world)
     with budget.halved_when_full(first, work, world, "before step 0"):
-        run = prepare(config, loss, plan, test_set, source, world, first)
+        run = prepare(replace(config, micro_tokens=first), loss, plan, test_set, source, world)
         if world.device.type == "cuda":  # a CPU has swap, and no error before it is full
             budget.set_budget(run, budget.probe(run))
     state = checkpoint.restore(work, _asked(config), run.policy.model, run.optimizer, world)
     if state.step:
-        other = (
-            ""
-            if state.world == checkpoint.world_of(run.policy.model, world)
-            else "; on other ranks, so within rounding"
+        same = state.world == checkpoint.world_of(run.policy.model, world)
+        world.say(
+            f"resuming after step {state.step} of {plan.steps}"
+            + ("" if same else "; on other ranks, so within rounding")
         )
-        world.say(f"resuming after step {state.step} of {plan.steps}{other}")
     if config.eval_every and not test_set:
         world.say("the test split is empty: no report on it")
     fits = run.splits["train"].budget
@@ -197,8 +197,7 @@ def _batches(run: Run, split: str, positions: Iterable[int]) -> Iterator[tuple[M
     """This rank's micro-batches on the device, each with its reference log-odds [N]."""
     for batch in run.splits[split].micro_batches(positions):
         moved = batch.to(run.policy.device)
-        known = run.reference is not None and split in run.referred
-        yield moved, run.reference.log_odds(split, moved) if run.reference and known else None
+        yield moved, run.reference.log_odds(split, moved) if run.reference and split in run.referred else None
 
 
 def kl_stats(run: Run, split: str, positions: Sequence[int], data: StepData) -> Stats | None:

@@ -38,6 +38,8 @@ UNITS_PER_PART = 16
 
 Splits = Mapping[str, Work]
 """Name -> records, and which of their sides take part."""
+Names = Mapping[str, list[list[bytes]]]
+"""Split -> for each record the hashes of its sides that take part."""
 
 
 class Reference(Protocol):
@@ -62,16 +64,14 @@ class Live:
 class Cached:
     """Stored log-odds of all splits, in the order of their records."""
 
-    def __init__(self, splits: Splits, rows: Mapping[bytes, np.ndarray], device: torch.device) -> None:
+    def __init__(self, names: Names, rows: Mapping[bytes, np.ndarray], device: torch.device) -> None:
         """rows: response hash -> its log-odds [|y|]."""
         self.device = device
-        self.values: dict[str, list[Tensor]] = {}
-        for name, work in splits.items():
-            self.values[name] = [
-                torch.from_numpy(np.concatenate([rows[response_hash(record, side)] for side in _kept(record, work)]))
-                if _kept(record, work) else torch.zeros(0)
-                for record in work.records
-            ]  # fmt: skip
+        self.values = {
+            split: [torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *map(rows.__getitem__, record)]))
+                    for record in records]
+            for split, records in names.items()
+        }  # fmt: skip
 
     def log_odds(self, split: str, batch: MicroBatch) -> Tensor:
         parts = [self.values[split][position] for position in batch.positions]
@@ -106,24 +106,26 @@ class Maker:
 
         Collective; the policy must be as it was loaded.
         """
-        wanted = {
-            response_hash(record, side): (record, side)
-            for work in splits.values() for record in work.records for side in _kept(record, work)
-        }  # fmt: skip
+        wanted: dict[bytes, tuple[Record, Side]] = {}
+        names: dict[str, list[list[bytes]]] = {}
+        for split, work in splits.items():
+            named = [[(response_hash(record, side), side) for side in _kept(record, work)] for record in work.records]
+            names[split] = [[hash_ for hash_, _ in sides] for sides in named]
+            for record, sides in zip(work.records, named, strict=True):
+                wanted |= {hash_: (record, side) for hash_, side in sides}
         found: dict[bytes, np.ndarray] = {}
         sources = self._find(wanted, found) if self.world.main else []
         missing = [hash_.hex() for hash_ in wanted if hash_ not in found] if self.world.main else []
         missing = self.world.broadcast_json(missing)
+        read = len(sources)  # by this rank, already
         if missing:
-            made = self._make(policy, [wanted[bytes.fromhex(hash_)] for hash_ in missing])
-            sources.append(made)
+            sources.append(self._make(policy, [wanted[bytes.fromhex(hash_)] for hash_ in missing]))
         elif self.world.main:
             console.say(f"reference: all {len(wanted)} responses are in {', '.join(sources)}: no pass")
         sources = self.world.broadcast_json(sources)
-        found = {}
-        for ref in sources:
+        for ref in sources[read:]:
             _read(Artifact(self.store.path(*ref.split("/"))), wanted, found)
-        return Cached(splits, found, policy.device), sources
+        return Cached(names, found, policy.device), sources
 
     def _find(self, wanted: Mapping[bytes, object], found: dict[bytes, np.ndarray]) -> list[str]:
         """The artifacts of this model and code path that have wanted rows."""

@@ -63,10 +63,9 @@ class Run:
 
 
 def prepare(
-    config: TrainConfig, loss: Loss, plan: Plan, test_set: Sequence[Record], source: Source, world: World,
-    budget: int | None = None,
-) -> Run:  # fmt: skip
-    """Model, optimizer and reference.  budget: tokens of a micro-batch; None: as configured.  Collective."""
+    config: TrainConfig, loss: Loss, plan: Plan, test_set: Sequence[Record], source: Source, world: World
+) -> Run:
+    """Model, optimizer and reference.  Collective."""
     if world.device.type == "cpu":
         keep_freed_memory()
     config = resolve(config, source.folder, world)
@@ -80,8 +79,8 @@ def prepare(
     packed = choose_packing(policy, config.layout, config.attention, longest, str(source.folder))
     rows = packed and policy.attends_rows
     layout = Layout(packed, rows, rows and config.share_prompt)
-    budget = budget or config.micro_tokens or footprint.MICRO_TOKENS[policy.device.type]
-    splits = make_splits(loss, plan, tested, layout, budget, limit, world)
+    assert config.micro_tokens is not None  # resolved
+    splits = make_splits(loss, plan, tested, layout, config.micro_tokens, limit, world)
     stored: reference.Reference | None = None
     refs: list[str] = []
     # A report on the test split has margins, which need the reference whatever the loss.
@@ -98,7 +97,7 @@ def prepare(
                 policy.compute_dtype != torch.float32 and (sharded or narrow_base(config, source.folder)),
                 config.quantize,
             )  # fmt: skip
-            maker = reference.Maker(source.store, source.pinned, kind, layout, budget, world)
+            maker = reference.Maker(source.store, source.pinned, kind, layout, config.micro_tokens, world)
             stored, refs = maker.cached(policy, referred)
     if config.activation_checkpointing == "on":
         checkpoint_activations(policy)
@@ -124,7 +123,7 @@ def resolve(config: TrainConfig, folder: Path, world: World) -> TrainConfig:
     return chosen
 
 
-def load(config: TrainConfig, folder: Path, world: World, sharded: bool, adapters: bool = True) -> Policy:
+def load(config: TrainConfig, folder: Path, world: World, sharded: bool) -> Policy:
     """The policy as training starts, its adapters in, on this rank's device: whole, or this rank's rows of it."""
     attention = padded_attention(folder, config.attention)
     if sharded:
@@ -132,7 +131,7 @@ def load(config: TrainConfig, folder: Path, world: World, sharded: bool, adapter
     else:
         stored = torch.bfloat16 if narrow_base(config, folder) else torch.float32
         model = load_model(folder, stored, attention, config.trust_remote_code, world.device, quantized(config))
-    if config.lora and adapters:
+    if config.lora:
         add_adapters(model, lora_of(config), config.seed)
     policy = Policy(model, torch_dtype(config.dtype))
     if sharded:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,18 +17,7 @@ import torch.distributed as dist
 from bnfctl.errors import UsageError
 from bnfctl.machine import Place
 from bnfctl.training.world import World, compare, joined
-from tests.conftest import REPOSITORY
-from tests.ranks import run_ranks
-
-SCRIPT = str(REPOSITORY / "tests" / "rank_script.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+from tests.ranks import ENV, SCRIPT, TORCHRUN, free_port, run_ranks
 
 
 def srun(mode: str, folder: Path) -> list[subprocess.Popen[str]]:
