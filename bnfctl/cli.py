@@ -240,7 +240,7 @@ def show(
     """Show an artifact: config, inputs, result; or its rows; or its lineage."""
     from dataclasses import asdict
 
-    from bnfctl import browse
+    from bnfctl import browse, stages
 
     store = _store(home)
     artifact = store.find(ref, where="REF")
@@ -248,20 +248,40 @@ def show(
         lines = browse.rows(artifact, rows)
         if as_json_output:
             console.emit(json.dumps([json.loads(line) for line in lines], ensure_ascii=False))
-            return
-        for line in lines:
-            console.emit(line)
-        return
-    if lineage:
+        else:
+            for line in lines:
+                console.emit(line)
+    elif lineage:
         tree = browse.lineage(artifact, store)
         console.emit(json.dumps(tree, indent=2) if as_json_output else "\n".join(browse.lineage_lines(tree)))
     else:
-        manifest = json.dumps(asdict(artifact.manifest), indent=2, ensure_ascii=False)
-        console.emit(manifest if as_json_output else browse.show(artifact))
-        if artifact.manifest.stage == "eval" and not as_json_output:
-            from bnfctl import stages
+        document, more = asdict(artifact.manifest), ""
+        if artifact.manifest.stage == "build":
+            from bnfctl.analysis import preferences
 
-            console.emit(stages.module("eval").table_of(artifact))
+            document["report"] = preferences.report(artifact)
+            more = "\n\n" + preferences.as_text(document["report"])
+        elif artifact.manifest.stage == "eval":
+            more = "\n" + stages.module("eval").table_of(artifact)
+        text = json.dumps(document, indent=2, ensure_ascii=False) if as_json_output else browse.show(artifact) + more
+        console.emit(text)
+
+
+@app.command()
+def export(
+    ref: _Ref, path: Annotated[Path, typer.Argument(help="FILE.parquet, FILE.jsonl, or a folder for load_dataset.")],
+    layout: Annotated[
+        str, typer.Option("--format", help="preference: pairs; unpaired: single responses with a label.")
+    ] = "preference",
+    force: Annotated[bool, typer.Option("--force", help="Replace what an export left there.")] = False,
+    home: _Home = None, as_json_output: _Json = False,
+) -> None:  # fmt: skip
+    """Write a build as a TRL preference or unpaired set, which `datasets` and `bnfctl build` read."""
+    from bnfctl.data import exports
+
+    done = exports.export(_store(home).find(ref, "build", "REF"), path, layout, force)
+    console.say(done.line)
+    console.emit(json.dumps(done.__dict__) if as_json_output else done.path)
 
 
 @app.command()

@@ -18,20 +18,60 @@ _EXACT = "A resumed run is exact, so it is not in the key."
 _MACHINE = "A fact of the machine, so it is not in the key."
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SAMPLERS = ("auto", *SAMPLERS)
+_TEMPLATE = "Argument of the chat template, name=value, e.g. enable_thinking=false; may be repeated."
+
+
+def _processes(what: str) -> Any:
+    return opt(None, help=f"{what}; default: all GPUs, one process on a CPU. " + _SAME, key=False, low=1)
+
+
+def _servers() -> Any:
+    return opt((), help="Base URL of an OpenAI-compatible endpoint (http://host:8000/v1); may be repeated. " + _MACHINE,
+               key=False)  # fmt: skip
+
+
+def _concurrency() -> Any:
+    return opt(64, help="Requests in flight, over all servers. " + _SPEED_ONLY, key=False, low=1)
+
+
+def _timeout() -> Any:
+    return opt(600.0, help="Seconds to wait for one answer. " + _MACHINE, key=False, low=0.001)
+
+
+def _retries() -> Any:
+    return opt(8, help="Attempts after a failed request. " + _MACHINE, key=False, low=0)
+
+
+def _api_key_env() -> Any:
+    return opt("OPENAI_API_KEY", help="Environment variable with the servers' key. " + _MACHINE, key=False)
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
     """Sample n responses to every prompt."""
 
-    prompts: str = opt(help="JSONL file, hub data set (owner/name[@revision]) or lab:FAMILY.", input="data")
+    prompts: str = opt(
+        help="JSONL, Parquet or CSV file, folder saved by datasets, hub data set (owner/name[@revision]) or lab:FAMILY.",
+        input="data",
+    )
     model: str | None = opt(None, help="Hub id (owner/name[@revision]), folder, train artifact or lab.", input="model")
     split: str = opt("train", help="Split of a data set or of the lab.")
     subset: str | None = opt(None, help="Configuration of a hub data set.")
     prompt_column: str = opt("prompt", help="Column with the prompt: text, or a list of chat messages.")
     answer_column: str = opt("answer", help="Column with the right answer, where there is one.")
+    id_column: str | None = opt(
+        None,
+        help="Column with the prompt's id. Default: prompt_id or id, else a hash of the prompt.",
+        since_default=True,
+    )
+    system: str | None = opt(None, help="System prompt for prompts that have none.", since_default=True)
+    sort: bool = opt(False, help="Sort the prompts by their text, as SimPO's scripts do.", since_default=True)
+    shuffle_seed: int | None = opt(None, help="Shuffle the prompts, before --limit.", since_default=True)
     limit: int | None = opt(None, help="Take the first N prompts.", low=1)
-    sampler: str = opt("auto", help="auto takes vllm where it is installed; file imports responses.", choices=_SAMPLERS)
+    sampler: str = opt(
+        "auto", help="auto takes vllm where it is installed; server asks endpoints; file imports responses.",
+        choices=_SAMPLERS,
+    )  # fmt: skip
     n: int = opt(5, help="Responses per prompt.", low=1)
     temperature: float = opt(0.8, help="0 is greedy. The paper samples at 0.8.", low=0, high=10)
     top_p: float = opt(0.95, help="Nucleus mass; 0.95 as in the paper's data sets.", low=1e-6, high=1)
@@ -41,8 +81,19 @@ class GenerateConfig:
         "error", help="A prompt that fills the context: stop, or drop it.", choices=("error", "drop")
     )
     dtype: str = opt("auto", help="Compute type; auto is bfloat16 on a GPU, float32 on a CPU.", choices=_DTYPES)
-    chunk: int = opt(64, help="Prompts per chunk: hf samples (and both samplers save) chunk by chunk.", low=1)
+    chat_template_kwargs: tuple[str, ...] = opt((), help=_TEMPLATE, since_default=True)
+    chunk: int = opt(64, help="Prompts per chunk: hf samples (and all samplers save) chunk by chunk.", low=1)
     gpu_memory: float = opt(0.9, help="Share of the GPU's memory for vLLM. " + _MACHINE, key=False, low=0.05, high=1)
+    devices: int | None = _processes("GPUs to use, one engine each (or one per --tensor-parallel of them)")
+    tensor_parallel: int = opt(1, help="GPUs that share one vLLM engine. " + _SAME, key=False, low=1)
+    server: tuple[str, ...] = _servers()
+    served_model: str | None = opt(
+        None, help="Name of the model on the servers. Default: the only one they have.", since_default=True
+    )
+    concurrency: int = _concurrency()
+    timeout: float = _timeout()
+    retries: int = _retries()
+    api_key_env: str = _api_key_env()
     trust_remote_code: bool = opt(False, help="Run code that comes with the model.")
 
 
@@ -52,12 +103,41 @@ class ScoreConfig:
 
     input: str = opt(help="Generate artifact, or a JSONL file of responses.", input="generate", positional=True)
     scorer: str = opt("rules", help="How to score.", choices=tuple(SCORERS))
-    rule: str = opt("numeric", help="The verifier of `rules`.", choices=tuple(RULES))
+    rule: str = opt(
+        "numeric", help="The verifier of `rules`; python:MODULE:FUNCTION is your own.", choices=tuple(RULES),
+        prefixes=("python:",),
+    )  # fmt: skip
     pattern: str | None = opt(None, help="Regular expression of `--rule regex`; group 1, if any, is the answer.")
     model: str | None = opt(None, help="Reward model; `reward-model` takes any one-label classifier.", input="model")
     max_length: int = opt(4096, help="Longest prompt + response in tokens; longer ones get a null reward.", low=1)
     dtype: str = opt("auto", help="Compute type; auto is bfloat16 on a GPU, float32 on a CPU.", choices=_DTYPES)
+    thinking: str = opt(
+        "keep", help="strip hides <think>...</think> of a response from the scorer; training keeps it.",
+        choices=("keep", "strip"), since_default=True,
+    )  # fmt: skip
+    engine: str = opt(
+        "transformers", help="What runs `reward-model`.", choices=("transformers", "vllm"), since_default=True
+    )
+    judge_mode: str = opt(
+        "pairwise", help="How `judge` asks: two responses in both orders, or one response for a number.",
+        choices=("pairwise", "pointwise"), since_default=True,
+    )  # fmt: skip
+    judge_prompt: str | None = opt(
+        None, help="File with the judge's instructions in place of the built-in ones.", input="file", since_default=True
+    )
+    judge_tokens: int = opt(1024, help="Longest answer of the judge in tokens.", low=1, since_default=True)
+    judge_temperature: float = opt(0.0, help="0 is greedy.", low=0, high=10, since_default=True)
+    served_model: str | None = opt(
+        None, help="Name of the judge on the servers. Default: the only model they have.", since_default=True
+    )
+    server: tuple[str, ...] = _servers()
+    concurrency: int = _concurrency()
+    timeout: float = _timeout()
+    retries: int = _retries()
+    api_key_env: str = _api_key_env()
     batch_tokens: int = opt(8192, help="Padded tokens per forward. " + _SPEED_ONLY, key=False, low=1)
+    gpu_memory: float = opt(0.9, help="Share of the GPU's memory for vLLM. " + _MACHINE, key=False, low=0.05, high=1)
+    devices: int | None = _processes("GPUs to use (or CPU processes), each with a scorer of its own")
     trust_remote_code: bool = opt(False, help="Run code that comes with the model.")
 
 
@@ -66,14 +146,68 @@ class BuildConfig:
     """Turn scored candidates, or a ready preference file, into training records."""
 
     input: str = opt(
-        help="Score artifact, or a preference set: JSONL file or hub data set.", input="score", positional=True
+        help="Score artifact, or a preference or feedback set: file, folder or hub data set.", input="score",
+        positional=True,
+    )  # fmt: skip
+    also: tuple[str, ...] = opt(
+        (),
+        help="More score artifacts of the same candidates; their rewards are added up.",
+        input="score",
     )
-    split: str = opt("train", help="Split of a hub data set.")
+    weights: tuple[float, ...] = opt(
+        (), help="Weights of INPUT and of each --also. Default: 1 each.", since_default=True
+    )
+    combine: str = opt(
+        "zscore", help="Before adding: rewards of a prompt to mean 0 and deviation 1 per scorer, or as they are.",
+        choices=("zscore", "raw"), since_default=True,
+    )  # fmt: skip
+    filter: str | None = opt(
+        None, help="Score artifact that only decides which candidates take part, by --filter-min or -max.",
+        input="score",
+    )  # fmt: skip
+    filter_min: float | None = opt(None, help="Least reward in --filter.", since_default=True)
+    filter_max: float | None = opt(None, help="Largest reward in --filter.", since_default=True)
+    split: str = opt("train", help="Split of a data set.")
     subset: str | None = opt(None, help="Configuration of a hub data set.")
+    format: str = opt(
+        "auto", help="Of a set that is read: chosen and rejected, or one response and its label.",
+        choices=("auto", "preference", "unpaired"), since_default=True,
+    )  # fmt: skip
+    prompt_column: str = opt("prompt", help="Column with the prompt.", since_default=True)
+    chosen_column: str = opt("chosen", help="Column with the chosen response.", since_default=True)
+    rejected_column: str = opt("rejected", help="Column with the rejected response.", since_default=True)
+    response_column: str | None = opt(
+        None, help="Column with the response of a labelled row. Default: completion or response.", since_default=True
+    )
+    label_column: str = opt("label", help="Column that says whether a response is good.", since_default=True)
+    choose: str = opt(
+        "best-worst", help="Which responses become records; threshold makes single labelled ones.",
+        choices=("best-worst", "best-random", "all-pairs", "top-bottom", "threshold"), since_default=True,
+    )  # fmt: skip
+    top_k: int = opt(1, help="Of top-bottom: the best k against the worst k.", low=1, since_default=True)
+    good: float | None = opt(None, help="Of threshold: rewards from here up are labelled +1.", since_default=True)
+    bad: float | None = opt(None, help="Of threshold: rewards from here down are labelled -1.", since_default=True)
+    scope: str = opt(
+        "prompt", help="Of threshold: compare the reward minus the prompt's mean reward, or the reward itself.",
+        choices=("prompt", "global"), since_default=True,
+    )  # fmt: skip
     pairing_ratio: float = opt(1.0, help="Chance that a pair keeps both sides (paper 5.2).", low=0, high=1)
-    min_margin: float = opt(0.0, help="Drop a prompt whose best - worst reward is not above this.", low=0)
+    min_margin: float = opt(0.0, help="Drop a pair whose margin (chosen - rejected reward) is not above this.", low=0)
+    max_margin: float | None = opt(None, help="Drop a pair whose margin is above this.", low=0, since_default=True)
+    drop_cut: bool = opt(False, help="Leave out responses that were cut off at max_tokens.", since_default=True)
+    drop_empty: bool = opt(True, help="Leave out responses without a visible character.", since_default=True)
+    min_chars: int = opt(0, help="Leave out responses shorter than this.", low=0, since_default=True)
+    max_chars: int | None = opt(None, help="Leave out responses longer than this.", low=1, since_default=True)
+    min_edit: float = opt(
+        0.0, help="Drop a pair whose edit distance, as a share of the longer response, is below this.", low=0, high=1,
+        since_default=True,
+    )  # fmt: skip
+    length_balance: float | None = opt(
+        None, help="Of a prompt's pairs with at least this share of its largest margin, take the most equal in length.",
+        low=0, high=1, since_default=True,
+    )  # fmt: skip
     test_fraction: float = opt(0.05, help="Share of the prompts kept for the test split.", low=0, high=0.9)
-    limit: int | None = opt(None, help="Take the first N prompts.", low=1)
+    limit: int | None = opt(None, help="Take the first N prompts (rows of a set that is read).", low=1)
     seed: int = opt(0, help="Seed of the split and of the masking.")
 
 
@@ -96,6 +230,7 @@ class TrainConfig:
     weight_decay: float = opt(0.0, help="AdamW.", low=0)
     clip: float = opt(1.0, help="Largest gradient norm, after normalisation; 0 turns clipping off.", low=0)
     seed: int = opt(0, help="Seed of the data order.")
+    chat_template_kwargs: tuple[str, ...] = opt((), help=_TEMPLATE, since_default=True)
     retokenize: bool = opt(False, help="Ignore sampled token ids and tokenize the texts with this model.")
     dtype: str = opt("auto", help="Compute type; auto is bfloat16 on a GPU. Masters are float32.", choices=_DTYPES[:3])
     save_dtype: str = opt("auto", help="Type of the saved model; auto is the base's.", choices=_DTYPES)
@@ -181,6 +316,7 @@ class EvalConfig:
     seed: int = opt(0, help="Run seed of tasks that sample.")
     dtype: str = opt("auto", help="Compute type; auto is bfloat16 on a GPU, float32 on a CPU.", choices=_DTYPES)
     chunk: int = opt(256, help="Prompts per chunk.", low=1)
+    chat_template_kwargs: tuple[str, ...] = opt((), help=_TEMPLATE, since_default=True)
     require: tuple[str, ...] = opt(
         (), help="Gate, e.g. 'lab-chat>=0.5' or 'lab-chat.gain>=0.15'; exit 3. Checked after, so not in the key.",
         key=False,

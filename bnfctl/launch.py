@@ -106,7 +106,7 @@ def _make(planned: Plan, store: Store, force: bool, run: Callable[[Draft], dict[
 def engine_note(artifact: Artifact) -> str:
     """` (made with vllm 0.31, ...)` where the engine that made it is not today's."""
     engine = artifact.manifest.provenance.get("engine")
-    if not engine or " " not in engine:
+    if not engine or " " not in engine or engine.startswith("server "):  # a server says itself what it runs
         return ""
     from importlib.metadata import PackageNotFoundError, version
 

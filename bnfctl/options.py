@@ -34,6 +34,7 @@ def opt(
     input: str | None = None,
     positional: bool = False,
     since_default: bool = False,
+    prefixes: tuple[str, ...] = (),
     low: float | None = None,
     high: float | None = None,
 ) -> Any:
@@ -41,13 +42,14 @@ def opt(
 
     key: False only for what cannot change the content (the help says why); everything else is in the key.
     choices: the allowed words, or a function that lists them (a table of names).
-    input: "model", "data" or the stage whose artifact it names; its digest enters the key, not its spelling.
+    prefixes: beginnings of further values that `choices` can't list.
+    input: "model", "data", "file" or the stage whose artifact it names; its digest enters the key, not its spelling.
     since_default: a field added later; at its default it stays out of the key, so old artifacts keep theirs.
     low, high: the inclusive range of a number.
     """
     metadata = {
         "help": help, "key": key, "choices": choices, "input": input, "positional": positional,
-        "since_default": since_default, "low": low, "high": high,
+        "since_default": since_default, "prefixes": prefixes, "low": low, "high": high,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -120,11 +122,11 @@ def _scalar(kind: type, name: str, raw: Any, where: str) -> Any:
 
 def _check(field: dataclasses.Field[Any], value: Any, where: str) -> Any:
     words = allowed(field)
-    if words is not None and value not in words:
+    if words is not None and value not in words and not str(value).startswith(field.metadata["prefixes"]):
         raise UsageError(
             f"unknown {field.name.replace('_', ' ')} '{value}'{nearest(value, words)}",
             where=where,
-            hint=f"one of: {', '.join(words)}",
+            hint=f"one of: {', '.join([*words, *(f'{prefix}...' for prefix in field.metadata['prefixes'])])}",
         )
     low, high = field.metadata["low"], field.metadata["high"]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -204,6 +206,11 @@ def resolve(
 def as_json(config: Any) -> dict[str, Any]:
     """Every field, JSON-ready: what a child process and config.json get."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(cls: type[C], raw: Mapping[str, Any]) -> C:
+    """The config again, from what `as_json` gave."""
+    return cls(**{name: decode(cls, name, value, flag_name(name)) for name, value in raw.items()})
 
 
 def key_fields(config: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from bnfctl import console, launch, machine, stages
 from bnfctl.artifact import Artifact, Plan, Store
 from bnfctl.config import CONFIGS, train_recipe
 from bnfctl.errors import BnfctlError, UsageError, nearest
-from bnfctl.options import check_keys, fields, read_yaml, resolve
+from bnfctl.options import base_type, check_keys, fields, read_yaml, resolve
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _TOP = ("name", "vars", "steps")
@@ -115,6 +115,21 @@ def _fill(value: Any, variables: Mapping[str, str], where: str) -> Any:
     return _VARIABLE.sub(replace, value)
 
 
+def _named(step: Step, field: dataclasses.Field[Any]) -> list[str]:
+    """What a step gives for an input field: names of steps, references, paths; [] for any other field."""
+    value = step.raw.get(field.name)
+    if field.metadata["input"] is None or value is None:
+        return []
+    many = base_type(CONFIGS[step.stage], field.name)[2]
+    if many and isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    values: list[Any] = value if many and isinstance(value, list) else [value]
+    if not all(isinstance(one, str) for one in values):
+        what = "a list of names" if many else "one value"
+        raise UsageError(f"{field.name} takes {what}", where=step.where, hint="the name of a step, or a path")
+    return values
+
+
 class Run:
     """One run of a pipeline: its steps in order, and what each of them made."""
 
@@ -136,23 +151,17 @@ class Run:
     def _check_order(self, step: Step, names: list[str]) -> None:
         earlier = {other.name: other.stage for other in self.steps[: names.index(step.name)]}
         for field in fields(CONFIGS[step.stage]):
-            kind, value = field.metadata["input"], step.raw.get(field.name)
-            if kind is None or value is None:
-                continue
-            if not isinstance(value, str):
-                raise UsageError(
-                    f"{field.name} takes one value", where=step.where, hint="the name of a step, or a path"
-                )
-            if value in names and value not in earlier:
-                raise UsageError(
-                    f"{field.name}: step '{value}' does not come before", where=step.where, hint="move it up"
-                )
-            wanted = "train" if kind == "model" else kind
-            if earlier.get(value, wanted) != wanted:
-                raise UsageError(
-                    f"{field.name} takes a {wanted} step; '{value}' is a {earlier[value]} step", where=step.where,
-                    hint=f"steps that fit: {', '.join(n for n, s in earlier.items() if s == wanted) or 'none yet'}",
-                )  # fmt: skip
+            wanted = "train" if field.metadata["input"] == "model" else field.metadata["input"]
+            for value in _named(step, field):
+                if value in names and value not in earlier:
+                    raise UsageError(
+                        f"{field.name}: step '{value}' does not come before", where=step.where, hint="move it up"
+                    )
+                if earlier.get(value, wanted) != wanted:
+                    raise UsageError(
+                        f"{field.name} takes a {wanted} step; '{value}' is a {earlier[value]} step", where=step.where,
+                        hint=f"steps that fit: {', '.join(n for n, s in earlier.items() if s == wanted) or 'none yet'}",
+                    )  # fmt: skip
 
     def config(self, step: Step, placeholders: bool = False) -> Any:
         """The step's config, with the names of earlier steps turned into the paths of their artifacts."""
@@ -160,9 +169,10 @@ class Run:
         cls = CONFIGS[step.stage]
         values = dict(step.raw)
         for field in fields(cls):
-            made = self.made.get(values.get(field.name, "")) if field.metadata["input"] else None
-            if made is not None and not placeholders:
-                values[field.name] = str(made.path)
+            named = _named(step, field)
+            if named and not placeholders:
+                paths = [str(made.path) if (made := self.made.get(name)) else name for name in named]
+                values[field.name] = paths if base_type(cls, field.name)[2] else paths[0]
         try:
             config, origin = resolve(cls, values, recipe=train_recipe if step.stage == "train" else None)
         except UsageError as error:
@@ -173,7 +183,7 @@ class Run:
 
     def waits_for(self, step: Step) -> str | None:
         """The earlier step whose artifact this one needs and that is not made yet (in a dry run)."""
-        inputs = (step.raw.get(field.name) for field in fields(CONFIGS[step.stage]) if field.metadata["input"])
+        inputs = (name for field in fields(CONFIGS[step.stage]) for name in _named(step, field))
         return next((name for name in inputs if name in self.made and self.made[name] is None), None)
 
     def plan(self, step: Step, prepare: Any) -> Plan:

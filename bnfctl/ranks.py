@@ -31,7 +31,7 @@ from bnfctl import console, durable, machine, stages
 from bnfctl.artifact import Draft, Pinned, Plan, Store
 from bnfctl.config import CONFIGS
 from bnfctl.errors import BnfctlError, UsageError
-from bnfctl.options import as_json, decode, fingerprint, flag_name
+from bnfctl.options import as_json, fingerprint, from_json
 
 T = TypeVar("T")
 STAGE = "train"
@@ -117,8 +117,7 @@ def die_with_parent(parent: int) -> None:
 
 def config_from_json(stage: str, raw: dict[str, Any]) -> Any:
     """A stage's config from its JSON form."""
-    cls = CONFIGS[stage]
-    return cls(**{name: decode(cls, name, value, flag_name(name)) for name, value in raw.items()})
+    return from_json(CONFIGS[stage], raw)
 
 
 def as_order(draft: Draft) -> dict[str, Any]:

@@ -25,6 +25,7 @@ LOSSES = {
 SAMPLERS = {
     "vllm": "bnfctl.samplers.vllm:VLLMSampler",
     "hf": "bnfctl.samplers.hf:HFSampler",
+    "server": "bnfctl.samplers.server:ServerSampler",
     "file": "bnfctl.samplers.file:FileSampler",
 }
 SCORERS = {
@@ -32,11 +33,13 @@ SCORERS = {
     "reward-model": "bnfctl.scorers.classifier:ClassifierScorer",
     "pairrm": "bnfctl.scorers.pairrm:PairRMScorer",
     "armorm": "bnfctl.scorers.armorm:ArmoRMScorer",
+    "judge": "bnfctl.scorers.judge:JudgeScorer",
 }
 RULES = {
     "exact": "bnfctl.scorers.rules:exact",
     "numeric": "bnfctl.scorers.rules:numeric",
     "regex": "bnfctl.scorers.rules:regex",
+    "math-verify": "bnfctl.scorers.mathematics:math_verify",
     "lab": "bnfctl.lab.tasks:reward",
 }
 TASKS = {

@@ -21,7 +21,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors"},
     {"console", "durable", "tables", "hub", "machine", "shape"},
-    {"options"},
+    {"options", "pool"},
     {"config", "digests", "shards"},
     {"artifact", "footprint"},
     {"data"},
@@ -38,7 +38,7 @@ LAYERS = [
 ]
 """Lowest first.  A module imports from lower layers only; a package may also import from itself."""
 
-LIGHT = {"cli", "options", "config", "errors", "console", "artifact", "shards", "pipeline", "launch", "ranks", "tables", "hub",
+LIGHT = {"cli", "options", "config", "errors", "console", "artifact", "shards", "pool", "pipeline", "launch", "ranks", "tables", "hub",
          "digests", "durable", "browse", "dryrun", "machine", "footprint", "shape", "__main__"}  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "vllm", "accelerate"}
 

@@ -61,6 +61,18 @@ def test_end_to_end(environment: dict[str, str], tmp_path: Path) -> None:
     assert store.names()["aligned"] == last.manifest.inputs["model"]["ref"]
 
 
+def test_feedback(environment: dict[str, str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [REPOSITORY / "examples" / "feedback.sh", "lab", "thumbs.jsonl", "12"], env=environment, cwd=tmp_path,
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    trained = Artifact(Path(done.stdout.splitlines()[-1]))
+    assert trained.manifest.stage == "train" and trained.manifest.summary["records"] > 0
+    thumbs = {json.loads(line)["label"] for line in (tmp_path / "thumbs.jsonl").read_text().splitlines()}
+    assert thumbs <= {True, False}
+
+
 def test_end_to_end_stops_where_a_command_fails(environment: dict[str, str], tmp_path: Path) -> None:
     done = subprocess.run(
         [REPOSITORY / "examples" / "end_to_end.sh", "nowhere"], env=environment, cwd=tmp_path,

@@ -167,6 +167,32 @@ def small(tmp_path: Path) -> Path:
     return write(tmp_path, SMALL.replace("PREFS", str(prefs)))
 
 
+SEVERAL_SCORERS = """
+steps:
+  responses: {stage: generate, model: lab, prompts: "lab:chat", limit: 4, n: 3, max_tokens: 40, sampler: hf}
+  first: {stage: score, input: responses, rule: lab}
+  second: {stage: score, input: responses, rule: regex, pattern: "[aeiou]+"}
+  pairs: {stage: build, input: first, also: %s, filter: second, filter_min: 0.5}
+"""
+
+
+@pytest.mark.parametrize("also", ["second", "[second]", '"second, second"'])
+def test_an_input_field_takes_several_steps(tmp_path: Path, store: Store, also: str) -> None:
+    work = pipeline.Run(pipeline.read(write(tmp_path, SEVERAL_SCORERS % also)), store)
+    assert {step.name: verdict for step, verdict in work.dry()}["pairs"] == "to be made after first"
+    made = {result.step.name: result.artifact for result in work.run()}
+    inputs = made["pairs"].manifest.inputs
+    assert inputs["input"]["ref"] == made["first"].ref
+    assert {inputs["also0"]["ref"], inputs["filter"]["ref"]} == {made["second"].ref}
+    assert ("also1" in inputs) == ("," in also)
+
+
+def test_an_input_field_refuses_what_is_no_list_of_steps(tmp_path: Path, store: Store) -> None:
+    for also, what in (("[[first]]", "also takes a list of names"), ("responses", "also takes a score step")):
+        with pytest.raises(UsageError, match=what):
+            pipeline.Run(pipeline.read(write(tmp_path, SEVERAL_SCORERS % also)), store)
+
+
 def test_run_then_cached_then_forced(small: Path, bnfctl: Callable[..., Done]) -> None:
     first = bnfctl("run", small, "--json")
     assert first.code == 0, first.err

@@ -22,6 +22,14 @@ _VOCABULARY_FILES = (
 )  # fmt: skip
 """What decides ids in a folder that has no tokenizer.json."""
 
+_TEMPLATE_FLAG = "--chat-template-kwargs"
+_WORDS = {"true": True, "false": False, "none": None, "null": None}
+_NOT_FOR_TEMPLATES = (
+    "conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message", "padding", "truncation",
+    "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "chat_template",
+)  # fmt: skip
+"""Arguments of `apply_chat_template` itself (chat_template: the model's own is part of the key, another would not be)."""
+
 
 def load_tokenizer(path: Path, trust_remote_code: bool) -> Any:
     """The tokenizer of a model folder; UsageError when there is none, or when it has no chat template."""
@@ -106,7 +114,30 @@ def stop_ids(path: Path, tokenizer: Any) -> list[int]:
     return sorted(found)
 
 
-def render_prompt(tokenizer: Any, messages: Iterable[Mapping[str, str]], **template_kwargs: Any) -> list[int]:
+def template_kwargs(pairs: Iterable[str]) -> dict[str, Any]:
+    """The chat template's arguments from `name=value` texts: JSON where the value is JSON, else text.
+
+    True, False and None are what Python means by them too: a template would take the text "False" for true.
+    UsageError for a pair without a name, for a name given twice, and for what this package sets itself.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = (part.strip() for part in pair.partition("="))
+        if not equals or not name.isidentifier():
+            hint = "enable_thinking=false; a value with commas goes into a --config file, as an item of a list"
+            raise UsageError(f"'{pair}' is not name=value", where=_TEMPLATE_FLAG, hint=hint)
+        if name in _NOT_FOR_TEMPLATES:
+            raise UsageError(f"'{name}' is set by bnfctl", where=_TEMPLATE_FLAG, hint=f"leave {name} out")
+        if name in found:
+            raise UsageError(f"'{name}' is there twice", where=_TEMPLATE_FLAG, hint=f"give {name} one value")
+        try:
+            found[name] = _WORDS[text.lower()] if text.lower() in _WORDS else json.loads(text, parse_constant=str)
+        except (ValueError, RecursionError):
+            found[name] = text
+    return found
+
+
+def render_prompt(tokenizer: Any, messages: Iterable[Mapping[str, str]], /, **template_kwargs: Any) -> list[int]:
     """The prompt's ids by the chat template, up to where the response begins, with exactly one BOS in front.
 
     Raises UsageError when the template refuses the messages (some know no system turn).
@@ -114,13 +145,13 @@ def render_prompt(tokenizer: Any, messages: Iterable[Mapping[str, str]], **templ
     return _encode_rendered(tokenizer, _render(tokenizer, messages, True, **template_kwargs))
 
 
-def render_conversation(tokenizer: Any, messages: Iterable[Mapping[str, str]], **template_kwargs: Any) -> list[int]:
+def render_conversation(tokenizer: Any, messages: Iterable[Mapping[str, str]], /, **template_kwargs: Any) -> list[int]:
     """The ids of finished turns, without the generation prompt: what a reward model reads; one BOS."""
     return _encode_rendered(tokenizer, _render(tokenizer, messages, False, **template_kwargs))
 
 
 def response_ids(
-    tokenizer: Any, messages: Iterable[Mapping[str, str]], text: str, stops: Sequence[int]
+    tokenizer: Any, messages: Iterable[Mapping[str, str]], text: str, stops: Sequence[int], /, **template_kwargs: Any
 ) -> tuple[list[int], bool]:
     """(trained ids, did the turn end) of a response that exists as text only.
 
@@ -132,8 +163,8 @@ def response_ids(
     Raises UsageError when the template changes the prompt once a response follows it.
     """
     turns, text = list(messages), without_surrogates(text)
-    prompt = _render(tokenizer, turns, True)
-    full = _render(tokenizer, [*turns, {"role": "assistant", "content": text}], False)
+    prompt = _render(tokenizer, turns, True, **template_kwargs)
+    full = _render(tokenizer, [*turns, {"role": "assistant", "content": text}], False, **template_kwargs)
     if not full.startswith(prompt):
         raise UsageError(
             "the chat template renders the prompt differently once a response follows, so the response has no start",
@@ -160,7 +191,7 @@ def _until_stop(ids: list[int], stops: Sequence[int]) -> tuple[list[int], bool]:
     return (ids, False) if end is None else (ids[: end + 1], True)
 
 
-def _render(tokenizer: Any, messages: Iterable[Mapping[str, str]], prompt: bool, **template_kwargs: Any) -> str:
+def _render(tokenizer: Any, messages: Iterable[Mapping[str, str]], prompt: bool, /, **template_kwargs: Any) -> str:
     import jinja2
 
     turns = [{**message, "content": without_surrogates(message["content"])} for message in messages]

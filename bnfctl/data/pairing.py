@@ -1,9 +1,8 @@
-"""Best against worst, splits and masks: plain functions of (seed, prompt id), so order never matters."""
+"""Records: their columns, their split and their masks.  Plain functions of (seed, id), so order never matters."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -35,9 +34,9 @@ SCHEMA = pa.schema(
 """One row per record; a masked side is null in all its columns."""
 
 
-def uniform(seed: int, purpose: str, prompt_id: str) -> float:
+def uniform(seed: int, purpose: str, identity: str) -> float:
     """A number in [0, 1) that depends on nothing but its arguments: 53 bits of SHA-256."""
-    digest = hashlib.sha256(f"{seed}\0{purpose}\0{prompt_id}".encode("utf-8", "replace")).digest()
+    digest = hashlib.sha256(f"{seed}\0{purpose}\0{identity}".encode("utf-8", "replace")).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
@@ -46,30 +45,15 @@ def split_of(seed: int, prompt_id: str, test_fraction: float) -> str:
     return "test" if uniform(seed, "split", prompt_id) < test_fraction else "train"
 
 
-def kept_sides(seed: int, prompt_id: str, pairing_ratio: float) -> tuple[str, ...]:
-    """Both sides with probability `pairing_ratio`, else one of them (paper, section 5.2).
+def kept_sides(seed: int, record_id: str, pairing_ratio: float) -> tuple[str, ...]:
+    """Both sides of a pair with probability `pairing_ratio`, else one of them (paper, section 5.2).
 
     Whether a side is lost and which one are separate hashes, the second independent of the ratio: so what is
     kept at 25 % is a subset of what is kept at 50 %.
     """
-    if uniform(seed, "keep both", prompt_id) < pairing_ratio:
+    if uniform(seed, "keep both", record_id) < pairing_ratio:
         return SIDES
-    return SIDES[:1] if uniform(seed, "which side", prompt_id) < 0.5 else SIDES[1:]
-
-
-def best_and_worst(rewards: Sequence[float | None], min_margin: float) -> tuple[int, int] | str:
-    """(index of the best, index of the worst), the first of equals; or why there is no pair.
-
-    "no_reward": fewer than two rewards; "no_margin": best - worst is not above `min_margin`.
-    """
-    known = [(value, index) for index, value in enumerate(rewards) if value is not None]
-    if len(known) < 2:
-        return "no_reward"
-    best = max(known, key=lambda item: (item[0], -item[1]))
-    worst = min(known)
-    if best[0] - worst[0] <= min_margin:
-        return "no_margin"
-    return best[1], worst[1]
+    return SIDES[:1] if uniform(seed, "which side", record_id) < 0.5 else SIDES[1:]
 
 
 def record_of(record_id: str, group: Group, sides: dict[str, tuple[int, float | None]], split: str) -> dict[str, Any]:

@@ -1,131 +1,162 @@
-"""Where prompts and preference sets come from: a JSONL file, a hub data set, or the lab; pinned by content."""
+"""Where prompts and ready sets come from: a file, a folder, a hub data set, or the lab; pinned by content."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bnfctl import hub
+from bnfctl import console, hub
 from bnfctl.artifact import Pinned, Store
-from bnfctl.data.jsonl import read_jsonl
+from bnfctl.config import GenerateConfig
+from bnfctl.data.files import FILE_ENDINGS, read_path
 from bnfctl.data.records import Message, Prompt
-from bnfctl.errors import UsageError, nearest
+from bnfctl.data.rows import PROMPT_ID, Seen, as_messages, column_of, given_id, is_missing, pick, prompt_id
+from bnfctl.errors import UsageError
 from bnfctl.options import fingerprint
 from bnfctl.tables import PROMPTS, load
 
-_ROLES = ("system", "user", "assistant", "tool")
-
 
 def pin_data(ref: str, store: Store, where: str, split: str = "train") -> Pinned:
-    """The data behind `ref`, by the content of the file, the commit of the hub data set, or the lab's rows."""
+    """The data behind `ref`, by the content of the file or folder, the commit of the hub data set, or the lab's rows."""
     path = Path(ref).expanduser()
-    if path.is_file():
-        return Pinned("file", str(path.absolute()), store.digests.file(path), str(path.absolute()))
+    if path.exists():
+        kind = "folder" if path.is_dir() else "file"
+        return Pinned(kind, str(path.absolute()), store.digests.any(path), str(path.absolute()))
     source, _, rest = ref.partition(":")
     if rest and source in PROMPTS:
         load(PROMPTS, source, "prompts")(rest, split, 1)  # refuses an unknown family or split
         # Enumerating the rows would cost more than hashing the code that draws them.
         code = Path(load(PROMPTS, source, "prompts").__code__.co_filename).parent.glob("*.py")
         return Pinned("lab", ref, fingerprint([rest, split, [store.digests.file(path) for path in sorted(code)]]))
-    if hub.looks_like_hub(ref) and path.suffix not in (".jsonl", ".json") and not path.parent.is_dir():
+    if hub.looks_like_hub(ref) and path.suffix.lower() not in FILE_ENDINGS and not path.parent.is_dir():
         commit, why = hub.commit_of(ref, "dataset")
         name, _ = hub.split_revision(ref)
         return Pinned("hub-data", f"{name}@{commit}" if commit else ref, commit, None, why or None)
-    raise UsageError(f"no such file '{ref}'", where=where, hint="a JSONL file, a hub data set (owner/name) or lab:chat")
+    hint = "a JSONL file, Parquet, CSV, a folder saved by datasets, a hub data set (owner/name) or lab:chat"
+    raise UsageError(f"no such file '{ref}'", where=where, hint=hint)
 
 
 def read_rows(pinned: Pinned, split: str, subset: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("where", row) of a pinned file or hub data set, streamed."""
-    if pinned.kind == "file":
-        assert pinned.path is not None
-        yield from read_jsonl(Path(pinned.path))
+    """("where", row) of a pinned file, folder or hub data set, streamed."""
+    if pinned.path is not None:
+        yield from read_path(Path(pinned.path), split, subset)
         return
     import datasets
 
     name, commit = hub.split_revision(pinned.ref)
+    number = 0
     try:
-        rows = datasets.load_dataset(name, subset, split=split, revision=commit)
+        rows = iter(datasets.load_dataset(name, subset, split=split, revision=commit))
     except Exception as error:  # every client error means the same to the user: it could not be fetched
-        raise UsageError(f"could not load {pinned.ref} ({split}): {error}", hint="check --split and --subset") from None
-    for number, row in enumerate(rows):
-        yield f"{pinned.ref} {split}[{number}]", dict(row)
+        what = f"could not load {pinned.ref} ({split}): {(str(error) or type(error).__name__).splitlines()[0]}"
+        raise UsageError(what, where=pinned.ref, hint="check --split and --subset") from None
+    while True:
+        where = f"{pinned.ref} {split}[{number}]"
+        try:
+            row = next(rows, None)
+        except Exception as error:  # a file that is broken in the cache, a column that cannot be decoded
+            raise UsageError(f"the row cannot be read: {error}", where=where, hint="fetch the data set again") from None
+        if row is None:
+            return
+        yield where, dict(row)
+        number += 1
 
 
-def read_prompts(
-    pinned: Pinned, *, split: str, subset: str | None, prompt_column: str, answer_column: str, limit: int | None
-) -> tuple[list[Prompt], int]:
-    """(prompts in their order with unique ids, how many repeated ones were dropped).
+def read_prompts(pinned: Pinned, config: GenerateConfig, counts: Counter[str]) -> Iterator[Prompt]:
+    """The prompts in their order, each id once: counts["repeated"] says how many rows were left out for that.
 
-    A row without an id gets one from its content, so ids are stable across runs and orders.
+    A row without an id gets one from its content, so ids are stable across runs and orders.  Holds ids and hashes
+    only; with `sort` or `shuffle_seed` the prompts that will be taken.  counts["answered"]: rows whose `messages`
+    ended with the assistant's turn, which is left out, since it is what will be sampled.
+
+    UsageError names the row and what is wrong with it; also when there is no row at all.
     """
-    found: dict[str, Prompt] = {}
-    repeated = 0
-    for prompt, given in _prompts(pinned, split, subset, prompt_column, answer_column):
-        earlier = found.get(prompt.id)
-        if earlier is None:
-            found[prompt.id] = prompt
-        elif given and earlier.messages != prompt.messages:
-            raise UsageError(
-                f"two prompts with the id {prompt.id}", where=f"{earlier.where} and {prompt.where}",
-                hint="give each prompt its own id, or none",
-            )  # fmt: skip
-        else:
-            repeated += 1
-        if limit is not None and len(found) == limit:
-            break
-    if not found:
+    if config.sort and config.shuffle_seed is not None:
+        raise UsageError("sorted and shuffled at once", where="--sort", hint="leave out --sort or --shuffle-seed")
+    found = _unique(_prompts(pinned, config, counts), counts)
+    if config.sort:
+        found = iter(_without_equal_texts(sorted(found, key=_by_text), counts))
+    elif config.shuffle_seed is not None:
+        order = _shuffled(config.shuffle_seed)
+        found = iter(heapq.nsmallest(config.limit, found, order) if config.limit else sorted(found, key=order))
+    empty = True
+    for prompt in islice(found, config.limit):
+        empty = False
+        yield prompt
+    if counts["answered"]:
+        console.say(f"rows that end with the assistant's turn, which is not part of the prompt: {counts['answered']}")
+    if empty:
         raise UsageError("no prompts", where=pinned.ref, hint="the file is empty, or --split is")
-    return list(found.values()), repeated
 
 
-def _prompts(
-    pinned: Pinned, split: str, subset: str | None, prompt_column: str, answer_column: str
-) -> Iterator[tuple[Prompt, bool]]:
+def _unique(prompts: Iterator[Prompt], counts: Counter[str]) -> Iterator[Prompt]:
+    seen = Seen()
+    for prompt in prompts:
+        if seen.add(prompt):
+            yield prompt
+        else:
+            counts["repeated"] += 1
+
+
+def _by_text(prompt: Prompt) -> tuple[list[str], str]:
+    """The texts of the turns, the system's last, then the id: one user turn sorts as its text does."""
+    turns = sorted(prompt.messages, key=lambda turn: turn["role"] == "system")
+    return [turn["content"] for turn in turns], prompt.id
+
+
+def _without_equal_texts(prompts: list[Prompt], counts: Counter[str]) -> Iterator[Prompt]:
+    """SimPO's `sorted(set(prompts))`: the same text under two ids is one prompt, with the first of the ids."""
+    for index, prompt in enumerate(prompts):
+        if index and prompts[index - 1].messages == prompt.messages:
+            counts["repeated"] += 1
+        else:
+            yield prompt
+
+
+def _shuffled(seed: int) -> Callable[[Prompt], str]:
+    """An order that depends on nothing but the seed and each prompt's id."""
+    return lambda prompt: fingerprint(["shuffle", seed, prompt.id])
+
+
+def _prompts(pinned: Pinned, config: GenerateConfig, counts: Counter[str]) -> Iterator[Prompt]:
     if pinned.kind == "lab":
         source, _, family = pinned.ref.partition(":")
-        for row in load(PROMPTS, source, "prompts")(family, split):
-            yield Prompt(row["id"], as_messages(row["prompt"], row["id"]), row["answer"], row["id"]), True
+        for row in load(PROMPTS, source, "prompts")(family, config.split):
+            messages = with_system(as_messages(row["prompt"], row["id"]), config.system)
+            yield Prompt(row["id"], messages, row["answer"], row["id"])
         return
-    for where, row in read_rows(pinned, split, subset):
-        messages = as_messages(pick(row, prompt_column, where, also=("messages",)), where)
-        answer = row.get(answer_column)
-        given = row["prompt_id"] if row.get("prompt_id") is not None else row.get("id")
-        identity = str(given) if given is not None else prompt_id(messages)
-        yield Prompt(identity, messages, None if answer is None else str(answer), where), given is not None
+    for where, row in read_rows(pinned, config.split, config.subset):
+        yield prompt_of(row, where, config, counts)
 
 
-def pick(row: dict[str, Any], column: str, where: str, also: tuple[str, ...] = ()) -> Any:
-    """row[column] (or the first of `also` that is there); UsageError names the columns that exist."""
-    for name in (column, *also):
-        if row.get(name) is not None:
-            return row[name]
-    raise UsageError(
-        f"no column '{column}'{nearest(column, row)}", where=where, hint=f"columns here: {', '.join(row) or 'none'}"
-    )
+def prompt_of(row: dict[str, Any], where: str, config: GenerateConfig, counts: Counter[str]) -> Prompt:
+    """The prompt of one row, by the config's columns; `messages` stands in for a prompt column that is not there."""
+    column = column_of(row, (config.prompt_column, "messages"))
+    turns = pick(row, config.prompt_column, where, also=("messages",))
+    if column == "messages" and is_answered(turns):
+        counts["answered"] += 1
+        turns = turns[:-1]
+    messages = with_system(as_messages(turns, where), config.system)
+    if config.id_column is not None and is_missing(row.get(config.id_column)):
+        hint = f"give every row one; columns here: {', '.join(row)}"
+        raise UsageError(f"no id in column '{config.id_column}'", where=where, hint=hint)
+    given = given_id(row, PROMPT_ID if config.id_column is None else (config.id_column,), where)
+    answer = row.get(config.answer_column)
+    return Prompt(given or prompt_id(messages), messages, None if is_missing(answer) else str(answer), where)
 
 
-def as_messages(value: Any, where: str) -> tuple[Message, ...]:
-    """Chat turns that end with the user's, from a text or a list of {role, content}."""
-    turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    if not isinstance(turns, list) or not turns or not all(_is_turn(turn) for turn in turns):
-        raise UsageError(
-            "a prompt is a text or a list of {role, content}", where=where,
-            hint=f'"prompt": "...", or a list of {{"role": {" | ".join(_ROLES)}, "content": "..."}}',
-        )  # fmt: skip
-    if turns[-1]["role"] != "user":
-        raise UsageError(
-            f"the prompt ends with the turn of {turns[-1]['role']}", where=where, hint="end with the user's"
-        )
-    if not turns[-1]["content"].strip():
-        raise UsageError("empty prompt", where=where, hint="remove the row, or give it a text")
-    return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
+def is_answered(turns: Any) -> bool:
+    """Whether turns end as in UltraFeedback's `messages`: with the assistant's."""
+    last = turns[-1] if isinstance(turns, list) and len(turns) > 1 else None
+    return isinstance(last, dict) and last.get("role") == "assistant"
 
 
-def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, dict) and turn.get("role") in _ROLES and isinstance(turn.get("content"), str)
-
-
-def prompt_id(messages: tuple[Message, ...]) -> str:
-    """An id from the content: the same prompt has the same id in every file."""
-    return f"p-{fingerprint([[turn['role'], turn['content']] for turn in messages])[:16]}"
+def with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
+    """The turns behind a system turn, where one is wanted and they have none."""
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return ({"role": "system", "content": system}, *messages)

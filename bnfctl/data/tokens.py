@@ -9,7 +9,15 @@ from typing import Any
 
 from bnfctl import console
 from bnfctl.config import TrainConfig
-from bnfctl.data.chat import context_length, load_tokenizer, render_prompt, response_ids, stop_ids, tokenizer_digest
+from bnfctl.data.chat import (
+    context_length,
+    load_tokenizer,
+    render_prompt,
+    response_ids,
+    stop_ids,
+    template_kwargs,
+    tokenizer_digest,
+)
 from bnfctl.data.records import Record, Side
 from bnfctl.errors import UsageError
 
@@ -80,6 +88,7 @@ class _Maker:
 
     def __init__(self, config: TrainConfig, model_dir: Path, limit: int) -> None:
         self.config, self.model_dir, self.limit = config, model_dir, limit
+        self.template = template_kwargs(config.chat_template_kwargs)
         self.counts = {CUT: 0, NO_ROOM: 0, EMPTY: 0, NO_SIDE: 0}
         self._known: dict[int, int] = {}
 
@@ -102,7 +111,7 @@ class _Maker:
         if not self.config.retokenize and _has_ids(row) and row["prompt_ids"] is not None:
             prompt_ids = row["prompt_ids"]
         else:
-            prompt_ids = render_prompt(self.tokenizer, row["prompt"])
+            prompt_ids = render_prompt(self.tokenizer, row["prompt"], **self.template)
         room = self.limit - len(prompt_ids)
         if room < 1:
             self.counts[NO_ROOM] += 1
@@ -125,7 +134,7 @@ class _Maker:
         sampled: list[int] | None = row[f"{name}_ids"]
         if sampled is not None and not self.config.retokenize:
             return sampled
-        ids, ended = response_ids(self.tokenizer, row["prompt"], row[f"{name}_text"], self.stops)
+        ids, ended = response_ids(self.tokenizer, row["prompt"], row[f"{name}_text"], self.stops, **self.template)
         if ended and row[f"{name}_finish"] == "length":
             # sampling broke off in mid-sentence: the template's end of turn would teach to stop there
             return ids[:-1]

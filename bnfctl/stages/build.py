@@ -1,4 +1,4 @@
-"""build: turn scored candidates, or a ready preference set, into training records."""
+"""build: turn scored candidates, or a ready set, into training records."""
 
 from __future__ import annotations
 
@@ -7,102 +7,141 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from bnfctl import console, shards
-from bnfctl.artifact import STAGES, Artifact, Draft, Plan, Store
+from bnfctl.artifact import STAGES, Artifact, Draft, Pinned, Plan, Store
 from bnfctl.config import BuildConfig
-from bnfctl.data import pairing
-from bnfctl.data.candidates import groups
-from bnfctl.data.preferences import CHOSEN, REJECTED, read_preferences
-from bnfctl.data.records import Group
+from bnfctl.data import flags, pairing, ready, scored
+from bnfctl.data.imports import read_records
 from bnfctl.data.sources import pin_data, read_rows
 from bnfctl.errors import BnfctlError, UsageError
 
-STAGE, VERSION = "build", 1
+STAGE, VERSION = "build", 2
 
 
 def plan(config: BuildConfig, store: Store) -> Plan:
-    """Resolve the scores, or the preference set that takes their place."""
+    """Resolve the scores, or the set that takes their place, and refuse flags that don't go together."""
     named = config.input.split("/")[0] in STAGES and not Path(config.input).exists()
-    if named or store.search(config.input) is not None:
-        source = store.find(config.input, "score", "INPUT")
-        candidates = Artifact(source.input_path("input"))
-        if candidates.manifest.digest != source.manifest.inputs["input"]["digest"]:
+    from_scores = named or store.search(config.input) is not None
+    flags.check(config, from_scores)
+    if not from_scores:
+        return Plan(STAGE, VERSION, config, {"input": pin_data(config.input, store, "INPUT", config.split)})
+    source = store.find(config.input, "score", "INPUT")
+    candidates = _candidates(source)
+    scores = {"input": source}
+    for number, ref in enumerate(config.also):
+        other = _of_the_same(store.find(ref, "score", "--also"), candidates, f"--also {ref}")
+        if other.ref in {artifact.ref for artifact in scores.values()}:
             raise UsageError(
-                "the candidates were made again since they were scored", where=source.ref,
-                hint=f"bnfctl score {candidates.ref}, and build from that",
-            )  # fmt: skip
-        return Plan(STAGE, VERSION, config, {"input": source.pinned(), "candidates": candidates.pinned()})
-    pinned = pin_data(config.input, store, "INPUT", config.split)
-    return Plan(STAGE, VERSION, config, {"input": pinned})
+                f"{other.ref} is there twice", where=f"--also {ref}", hint="--weights 2,1 counts one twice"
+            )
+        scores[f"also{number}"] = other
+    _check_global(config, scores)
+    if config.filter is not None:
+        gate = store.find(config.filter, "score", "--filter")
+        scores["filter"] = _of_the_same(gate, candidates, f"--filter {config.filter}")
+    inputs = {name: artifact.pinned() for name, artifact in scores.items()}
+    return Plan(STAGE, VERSION, config, {**inputs, "candidates": candidates.pinned()})
+
+
+def _candidates(source: Artifact) -> Artifact:
+    """What was scored; UsageError where it is no longer what it was then."""
+    candidates = Artifact(source.input_path("input"))
+    if candidates.manifest.digest != source.manifest.inputs["input"]["digest"]:
+        raise UsageError(
+            "the candidates were made again since they were scored", where=source.ref,
+            hint=f"bnfctl score {candidates.ref}, and build from that",
+        )  # fmt: skip
+    return candidates
+
+
+def _of_the_same(other: Artifact, candidates: Artifact, where: str) -> Artifact:
+    scored_there = other.manifest.inputs["input"]
+    if scored_there["digest"] != candidates.manifest.digest:
+        what = f"{other.ref} scores other candidates: {scored_there['ref']}, not {candidates.ref} as INPUT does"
+        raise UsageError(
+            what, where=where, hint=f"bnfctl score {candidates.ref} --scorer {other.manifest.config['scorer']}"
+        )
+    return other
+
+
+def _check_global(config: BuildConfig, scores: dict[str, Artifact]) -> None:
+    """UsageError where --scope global would compare rewards that mean nothing across prompts."""
+    if config.scope != "global":
+        return
+    hint = "--scope prompt compares with the prompt's mean reward"
+    for artifact in scores.values():
+        if scored.scorer_of(artifact) in scored.RELATIVE_SCORERS:
+            what = f"the rewards of {scored.scorer_of(artifact)} are relative to the prompt's other responses"
+            raise UsageError(
+                f"{what}: no threshold fits all prompts", where=f"--scope global, {artifact.ref}", hint=hint
+            )
+    if config.also and config.combine == "zscore":
+        what = "--combine zscore makes rewards relative to the prompt's other responses: no threshold fits all prompts"
+        raise UsageError(what, where="--scope global", hint=f"--combine raw, or {hint}")
 
 
 def run(config: BuildConfig, draft: Draft) -> dict[str, Any]:
     """Write one row per record; returns the counts."""
     counts: Counter[str] = Counter()
-    scored = draft.inputs["input"].kind == "artifact"
-    rows = _from_scores(config, draft, counts) if scored else _from_preferences(config, draft, counts)
-    shards.write_shards(draft.path / "rows", _counted(rows, counts), pairing.SCHEMA)
-    if not counts["prompts"]:
+    made = (
+        _from_scores(config, draft, counts) if _is_scored(draft.inputs["input"]) else _from_set(config, draft, counts)
+    )
+    shards.write_tables(draft.path / "rows", shards.recut(_counted(made, counts), pairing.SCHEMA))
+    if not counts["prompts"] + counts["rows"]:
         raise UsageError("the input is empty", where=draft.inputs["input"].ref, hint="give a set with at least one row")
     if not counts["records"]:
         raise BnfctlError(
-            f"no records: {dict(counts) or 'the input is empty'}", where=draft.inputs["input"].ref,
-            hint="rewards that are all equal or null give no pairs: see bnfctl show of the scores",
+            f"no records: {', '.join(f'{name} {number}' for name, number in counts.items() if number)}",
+            where=draft.inputs["input"].ref, hint=_why_none(config, draft),
         )  # fmt: skip
-    return {**_origin(draft), **counts}
+    return {**_origin(draft), **{name: number for name, number in counts.items() if number}}
 
 
-def _from_scores(config: BuildConfig, draft: Draft, counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    rewards = draft.artifact("input").rows(["prompt_id", "sample", "reward"])
-    total = draft.artifact("candidates").manifest.summary["prompts"]
-    with console.Progress(total, "prompts") as progress:
-        for group in groups(draft.artifact("candidates").rows()):
-            values = []
-            for candidate in group.candidates:
-                row = next(rewards, {})
-                if (row.get("prompt_id"), row.get("sample")) != (group.prompt.id, candidate.sample):
-                    raise BnfctlError("scores and candidates do not match", where=group.prompt.id, hint="score again")
-                values.append(row["reward"])
-            counts["prompts"] += 1
-            progress.advance()
-            found = pairing.best_and_worst(values, config.min_margin)
-            if isinstance(found, str):
-                counts[f"dropped_{found}"] += 1
-            else:
-                sides = {side: (index, values[index]) for side, index in zip(pairing.SIDES, found, strict=True)}
-                yield _record(config, group.prompt.id, group, sides)
-            if counts["prompts"] == config.limit:
-                return
+def _is_scored(pinned: Pinned) -> bool:
+    return pinned.kind == "artifact"
 
 
-def _from_preferences(config: BuildConfig, draft: Draft, counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    for record_id, group in read_preferences(read_rows(draft.inputs["input"], config.split, config.subset)):
-        counts["prompts"] += 1
-        chosen, rejected = group.candidates
-        if chosen.text == rejected.text:
-            counts["dropped_identical"] += 1
-        else:
-            yield _record(config, record_id, group, {"chosen": (CHOSEN, None), "rejected": (REJECTED, None)})
-        if counts["prompts"] == config.limit:
-            return
+def _from_scores(config: BuildConfig, draft: Draft, counts: Counter[str]) -> Iterator[pa.Table]:
+    scores = [draft.artifact(name) for name in ("input", *(f"also{number}" for number in range(len(config.also))))]
+    gate = draft.artifact("filter") if config.filter is not None else None
+    candidates = draft.artifact("candidates")
+    total = candidates.manifest.summary["prompts"]
+    with console.Progress(total if config.limit is None else min(total, config.limit), "prompts") as progress:
+        for table in scored.records(config, candidates, scores, gate, counts):
+            progress.advance(counts["prompts"] - progress.done)
+            console.check_stop()
+            yield table
 
 
-def _record(
-    config: BuildConfig, record_id: str, group: Group, sides: dict[str, tuple[int, float | None]]
-) -> dict[str, Any]:
-    prompt_id = group.prompt.id
-    kept = pairing.kept_sides(config.seed, prompt_id, config.pairing_ratio)
-    split = pairing.split_of(config.seed, prompt_id, config.test_fraction)
-    return pairing.record_of(record_id, group, {side: sides[side] for side in kept}, split)
+def _from_set(config: BuildConfig, draft: Draft, counts: Counter[str]) -> Iterator[pa.Table]:
+    found = read_records(read_rows(draft.inputs["input"], config.split, config.subset), config)
+    for table in ready.records(config, found, counts):
+        console.check_stop()
+        yield table
 
 
-def _counted(rows: Iterator[dict[str, Any]], counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        there = [side for side in pairing.SIDES if row.get(f"{side}_text") is not None]
-        counts["records"] += 1
-        counts[row["split"]] += 1
-        counts["pairs" if len(there) == 2 else f"{there[0]}_only"] += 1
-        yield row
+def _counted(tables: Iterator[pa.Table], counts: Counter[str]) -> Iterator[pa.Table]:
+    for table in tables:
+        chosen_only, rejected_only = (table[f"{side}_text"].null_count for side in reversed(pairing.SIDES))
+        train = pc.sum(pc.equal(table["split"], "train")).as_py() or 0
+        counts["records"] += table.num_rows
+        counts["train"] += train
+        counts["test"] += table.num_rows - train
+        counts["pairs"] += table.num_rows - chosen_only - rejected_only
+        counts["chosen_only"] += chosen_only
+        counts["rejected_only"] += rejected_only
+        yield table
+
+
+def _why_none(config: BuildConfig, draft: Draft) -> str:
+    if not _is_scored(draft.inputs["input"]):
+        return "the filters leave nothing: start without them"
+    if config.choose == "threshold":
+        return f"no reward reaches --good or --bad: see bnfctl show {draft.inputs['input'].ref}"
+    return f"rewards that are all equal or null give no pairs: see bnfctl show {draft.inputs['input'].ref}"
 
 
 def _origin(draft: Draft) -> dict[str, Any]:

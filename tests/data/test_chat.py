@@ -151,6 +151,67 @@ def test_template_arguments_reach_the_template(tmp_path: Path) -> None:
     assert made.decode(chat.render_prompt(made, HELLO, mood="glad")).endswith("glad")
 
 
+def test_template_arguments_from_texts() -> None:
+    pairs = (
+        "enable_thinking=false",
+        "a=True",
+        "b=None",
+        "n=3",
+        "x=0.5",
+        'l=[1, "b"]',
+        "t=Be brief = good",
+        "e=",
+        "s = NaN",
+    )
+    assert chat.template_kwargs(pairs) == {
+        "enable_thinking": False, "a": True, "b": None, "n": 3, "x": 0.5, "l": [1, "b"], "t": "Be brief = good", "e": "",
+        "s": "NaN",
+    }  # fmt: skip
+    assert chat.template_kwargs(()) == {}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "what"),
+    [
+        (("enable_thinking",), "'enable_thinking' is not name=value"),
+        (("x=[1", "2]"), r"'2\]' is not name=value"),
+        (("=3",), "is not name=value"),
+        (("a-b=3",), "is not name=value"),
+        (("a=1", "a=2"), "'a' is there twice"),
+        (("tokenize=true",), "'tokenize' is set by bnfctl"),
+        (("messages=[]",), "'messages' is set by bnfctl"),
+    ],
+)
+def test_bad_template_arguments(pairs: tuple[str, ...], what: str) -> None:
+    with pytest.raises(UsageError, match=what) as caught:
+        chat.template_kwargs(pairs)
+    assert caught.value.where == "--chat-template-kwargs"
+    assert caught.value.hint
+
+
+def test_no_argument_of_a_template_can_collide_with_ours(tmp_path: Path) -> None:
+    made = models.make_tokenizer(tmp_path, template="{{ prompt }}{{ text }}{{ stops }}{{ self }}" + models.TEMPLATE)
+    given = chat.template_kwargs(["prompt=a", "text=b", "stops=c", "tokenizer=d", "turns=e"])
+    assert made.decode(chat.render_prompt(made, HELLO, **given)).startswith(f"{made.bos_token}abc")
+    assert chat.response_ids(made, HELLO, "hi", [TURN_END], **given)[1]
+
+
+def test_response_ids_follow_the_template_arguments(tmp_path: Path) -> None:
+    """As Qwen3 does: without thinking an empty block is part of the prompt, and of the finished turn."""
+    empty = "{% if thinking is false %}<think></think>{% endif %}"
+    turn = "{{ '<|assistant|>' }}" + empty
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}<|turn_end|>{% else %}"
+        + turn + "{{ m.content }}<|turn_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}" + turn + "{% endif %}"
+    )  # fmt: skip
+    made = models.make_tokenizer(tmp_path, template=template)
+    for given in ({}, {"thinking": False}):
+        ids, ended = chat.response_ids(made, HELLO, "hi", [TURN_END], **given)
+        assert (made.decode(ids), ended) == ("hi<|turn_end|>", True)
+    assert made.decode(chat.render_prompt(made, HELLO, thinking=False)).endswith("<|assistant|><think></think>")
+    assert made.decode(chat.render_prompt(made, HELLO)).endswith("<|assistant|>")
+
+
 def test_a_template_that_refuses_a_role_is_a_usage_error(tmp_path: Path) -> None:
     refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
     made = models.make_tokenizer(tmp_path, template=refuse + models.TEMPLATE)

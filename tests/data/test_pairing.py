@@ -1,4 +1,4 @@
-"""Best against worst, splits and masks."""
+"""Splits and masks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnfctl.data.pairing import SIDES, best_and_worst, kept_sides, split_of, uniform
+from bnfctl.data.pairing import SIDES, kept_sides, split_of, uniform
 
 IDS = [f"p{i}" for i in range(4000)]
 
@@ -32,24 +32,6 @@ def test_pairing_ratio_is_the_share_of_pairs(ratio: float) -> None:
 def test_what_is_kept_grows_with_the_ratio(prompt_id: str, seed: int, a: float, b: float) -> None:
     low, high = sorted((a, b))
     assert set(kept_sides(seed, prompt_id, low)) <= set(kept_sides(seed, prompt_id, high))
-
-
-@pytest.mark.parametrize(
-    ("rewards", "margin", "expected"),
-    [
-        ([0.1, 0.9, 0.5], 0.0, (1, 0)),
-        ([0.9, 0.1, 0.9, 0.1], 0.0, (0, 1)),  # the first of equals, on both ends
-        ([0.5, 0.5, 0.5], 0.0, "no_margin"),
-        ([0.5, 0.6], 0.1000001, "no_margin"),
-        ([None, 0.5, None, 0.2], 0.0, (1, 3)),
-        ([None, 0.5], 0.0, "no_reward"),
-        ([], 0.0, "no_reward"),
-        ([0.0, -0.0], 0.0, "no_margin"),
-        ([None, -1.0, 0.0], 0.0, (2, 1)),
-    ],
-)
-def test_best_and_worst(rewards: list[float | None], margin: float, expected: object) -> None:
-    assert best_and_worst(rewards, margin) == expected
 
 
 def test_split_is_by_prompt_and_near_its_share() -> None:

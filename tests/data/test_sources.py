@@ -1,17 +1,22 @@
-"""Prompt files and preference files: what is read, and how bad rows are refused."""
+"""Prompt sources: what is read, in which order, under which id, and how bad rows are refused."""
 
 from __future__ import annotations
 
 import json
+import random
+import tracemalloc
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from bnfctl.artifact import Pinned, Store
-from bnfctl.data.preferences import read_preferences
+from bnfctl.config import GenerateConfig
 from bnfctl.data.records import Prompt
-from bnfctl.data.sources import as_messages, pin_data, prompt_id, read_prompts, read_rows
+from bnfctl.data.rows import Seen, as_messages, prompt_id
+from bnfctl.data.sources import pin_data, read_prompts, read_rows
 from bnfctl.errors import UsageError
 
 
@@ -20,9 +25,12 @@ def file_of(path: Path, *rows: Any) -> Path:
     return path
 
 
-def prompts_of(path: Path, store: Store, **changes: Any) -> tuple[list[Prompt], int]:
-    asked: dict[str, Any] = {"split": "train", "subset": None, "prompt_column": "prompt", "answer_column": "answer"}
-    return read_prompts(pin_data(str(path), store, "--prompts"), **{**asked, "limit": None, **changes})
+def prompts_of(path: Path | str, store: Store, **changes: Any) -> tuple[list[Prompt], int]:
+    """(prompts, how many rows repeated one)."""
+    counts: Counter[str] = Counter()
+    config = GenerateConfig(prompts=str(path), **changes)
+    prompts = list(read_prompts(pin_data(str(path), store, "--prompts", config.split), config, counts))
+    return prompts, counts["repeated"]
 
 
 def test_texts_and_messages_with_and_without_ids(tmp_path: Path, store: Store) -> None:
@@ -85,9 +93,7 @@ def test_a_column_is_suggested(tmp_path: Path, store: Store) -> None:
 def test_the_lab_by_name(store: Store) -> None:
     pinned = pin_data("lab:chat", store, "--prompts", "train")
     assert pinned.digest and pinned.digest != pin_data("lab:chat", store, "--prompts", "test").digest
-    prompts, _ = read_prompts(
-        pinned, split="train", subset=None, prompt_column="prompt", answer_column="answer", limit=3
-    )
+    prompts, _ = prompts_of("lab:chat", store, limit=3)
     assert [p.id for p in prompts] == [f"lab-chat-train-00000{i}" for i in range(3)]
 
 
@@ -97,55 +103,6 @@ def test_a_hub_set_that_cannot_be_reached_is_pinned_as_unresolved(store: Store) 
     assert "local cache has no copy" in str(pinned.why)
 
 
-USER = {"role": "user", "content": "Hi?"}
-
-
-def said(text: str) -> list[dict[str, str]]:
-    return [USER, {"role": "assistant", "content": text}]
-
-
-def test_preferences_as_text_and_as_messages(tmp_path: Path, store: Store) -> None:
-    path = file_of(
-        tmp_path / "prefs.jsonl",
-        {"prompt": "Hi?", "chosen": "Hello", "rejected": "No"},
-        {"prompt": "Hi?", "prompt_id": "s1", "chosen": said("Hello"), "rejected": said("No"), "all_rm_scores": [1, 0]},
-        {"prompt": "Hi?", "chosen": "Hey", "rejected": "No"},
-    )
-    read = list(read_preferences(read_rows(pin_data(str(path), store, "INPUT"), "train", None)))
-    groups = [group for _, group in read]
-    assert [[c.text for c in g.candidates] for g in groups] == [["Hello", "No"], ["Hello", "No"], ["Hey", "No"]]
-    assert groups[0].prompt.messages == groups[1].prompt.messages == (USER,)
-    assert len({record_id for record_id, _ in read}) == 3
-    assert groups[0].prompt.id == groups[2].prompt.id, "the same prompt, so the same split"
-
-
-@pytest.mark.parametrize(
-    ("row", "what"),
-    [
-        ({"prompt": "x", "chosen": "a"}, "no column 'rejected'"),
-        ({"chosen": "a", "rejected": "b"}, "no column 'prompt'"),
-        ({"prompt": "x", "chosen": said("a"), "rejected": [USER]}, "end with the assistant's"),
-        (
-            {"prompt": "x", "chosen": said("a"), "rejected": [{"role": "user", "content": "?"}, said("b")[1]]},
-            "different prompts",
-        ),
-    ],
-)
-def test_bad_preferences(row: dict[str, Any], what: str) -> None:
-    with pytest.raises(UsageError, match=what) as caught:
-        list(read_preferences([("prefs.jsonl:1", row)]))
-    assert caught.value.where == "prefs.jsonl:1"
-
-
-def test_rows_with_one_id() -> None:
-    row = {"id": 1, "prompt": "x", "chosen": "a", "rejected": "b"}
-    again = [record_id for record_id, _ in read_preferences([("f:1", row), ("f:2", {**row, "chosen": "c"})])]
-    assert again == ["1", "1+"], "published sets repeat prompts: each row is a record"
-    with pytest.raises(UsageError, match="two prompts with the id 1") as caught:
-        list(read_preferences([("f:1", row), ("f:2", {**row, "prompt": "y"})]))
-    assert caught.value.where == "f:1 and f:2"
-
-
 def test_pinned_files_are_by_content(tmp_path: Path, store: Store) -> None:
     a, b = file_of(tmp_path / "a.jsonl", {"prompt": "x"}), file_of(tmp_path / "b.jsonl", {"prompt": "x"})
     assert pin_data(str(a), store, "").digest == pin_data(str(b), store, "").digest
@@ -153,3 +110,169 @@ def test_pinned_files_are_by_content(tmp_path: Path, store: Store) -> None:
     file_of(a, {"prompt": "y"})
     assert pin_data(str(a), store, "").digest != before
     assert isinstance(pin_data(str(a), store, ""), Pinned)
+
+
+def test_folders_are_pinned_by_content_too(tmp_path: Path, store: Store) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        file_of(tmp_path / name / "train.jsonl", {"prompt": "x"})
+    pinned = pin_data(str(tmp_path / "a"), store, "")
+    assert (pinned.kind, pinned.path) == ("folder", str(tmp_path / "a"))
+    assert pinned.digest == pin_data(str(tmp_path / "b"), store, "").digest
+    file_of(tmp_path / "a" / "train.jsonl", {"prompt": "y"})
+    assert pin_data(str(tmp_path / "a"), store, "").digest != pinned.digest
+
+
+@pytest.mark.parametrize("ref", ["none.parquet", "some/none.csv", "none"])
+def test_a_missing_file_is_never_taken_for_a_hub_set(ref: str, store: Store) -> None:
+    with pytest.raises(UsageError, match="no such file"):
+        pin_data(ref, store, "--prompts")
+
+
+def test_columns_by_flags(tmp_path: Path, store: Store) -> None:
+    path = file_of(tmp_path / "p.jsonl", {"question": "One?", "solution": "1", "key": 5, "id": "no", "answer": "no"})
+    (prompt,), _ = prompts_of(path, store, prompt_column="question", answer_column="solution", id_column="key")
+    assert (prompt.text, prompt.answer, prompt.id) == ("One?", "1", "5")
+    with pytest.raises(UsageError, match="no id in column 'uid'"):
+        prompts_of(path, store, prompt_column="question", id_column="uid")
+
+
+def test_a_system_prompt_is_for_those_that_have_none(tmp_path: Path, store: Store) -> None:
+    own = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "a"}]
+    path = file_of(tmp_path / "p.jsonl", {"prompt": "a"}, {"messages": own}, {"id": "x", "prompt": "a"})
+    prompts, _ = prompts_of(path, store, system="Be brief.")
+    assert [prompt.messages[0]["content"] for prompt in prompts] == ["Be brief.", "Mine.", "Be brief."]
+    assert [prompt.messages[-1]["content"] for prompt in prompts] == ["a", "a", "a"]
+    assert prompts[0].id != prompts_of(path, store)[0][0].id, "another question, so another id"
+    assert prompts[2].id == "x"
+
+
+def test_the_answer_at_the_end_of_messages_is_not_part_of_the_prompt(
+    tmp_path: Path, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"role": "user", "content": "a", "name": None}, {"role": "assistant", "content": "b", "weight": 0}]
+    more = [*turns, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    path = file_of(
+        tmp_path / "p.jsonl", {"messages": turns, "prompt": None}, {"messages": more}, {"messages": more[:3]}
+    )
+    prompts, repeated = prompts_of(path, store)
+    assert [[turn["content"] for turn in prompt.messages] for prompt in prompts] == [["a"], ["a", "b", "c"]]
+    assert set(prompts[1].messages[0]) == {"role", "content"}
+    assert repeated == 1
+    assert "which is not part of the prompt: 2\n" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="ends with the turn of assistant"):
+        prompts_of(file_of(tmp_path / "q.jsonl", {"prompt": turns}), store)
+
+
+TEXTS = ["b", "B", "a\nz", "", "ä", "a", "a b", "Z"]
+
+
+def test_sorted_as_simpo_sorts(tmp_path: Path, store: Store) -> None:
+    rows = [{"prompt_id": str(i), "prompt": text} for i, text in enumerate([*TEXTS, "a", "b"]) if text]
+    random.Random(0).shuffle(rows)
+    path = file_of(tmp_path / "p.jsonl", *rows)
+    prompts, repeated = prompts_of(path, store, sort=True, system="S")
+    assert [prompt.text for prompt in prompts] == sorted({row["prompt"] for row in rows})
+    assert [prompt.id for prompt in prompts if prompt.text in "ab"] == ["5", "0"], "the first of two ids"
+    assert repeated == 2
+    assert [p.text for p in prompts_of(path, store, sort=True, limit=3)[0]] == sorted(set(TEXTS))[1:4]
+
+
+def test_a_shuffle_depends_on_seed_and_ids_alone(tmp_path: Path, store: Store) -> None:
+    rows = [{"id": i, "prompt": f"Q{i}"} for i in range(50)]
+    orders = []
+    for name, listed in (
+        ("a", rows),
+        ("b", rows[::-1]),
+        ("c", [{**row, "prompt": "other " + row["prompt"]} for row in rows]),
+    ):
+        path = file_of(tmp_path / f"{name}.jsonl", *listed)
+        orders.append([prompt.id for prompt in prompts_of(path, store, shuffle_seed=1)[0]])
+        assert [p.id for p in prompts_of(path, store, shuffle_seed=1, limit=7)[0]] == orders[0][:7]
+    assert orders[0] == orders[1] == orders[2] != [str(i) for i in range(50)]
+    assert sorted(orders[0], key=int) == [str(i) for i in range(50)]
+    assert [p.id for p in prompts_of(path, store, shuffle_seed=2)[0]] != orders[0]
+    with pytest.raises(UsageError, match="sorted and shuffled"):
+        prompts_of(path, store, shuffle_seed=2, sort=True)
+
+
+def test_ids_of_every_kind(tmp_path: Path, store: Store) -> None:
+    path = file_of(
+        tmp_path / "p.jsonl", {"id": 1.0, "prompt": "a"}, {"id": "", "prompt": "b"}, {"prompt_id": "x", "id": 3, "prompt": "c"},
+        '{"id": NaN, "prompt": "d"}',
+    )  # fmt: skip
+    ids = [prompt.id for prompt in prompts_of(path, store)[0]]
+    assert ids == ["1", prompt_id(as_messages("b", "")), "x", prompt_id(as_messages("d", ""))]
+    with pytest.raises(UsageError, match="id is not a text or a number"):
+        prompts_of(file_of(tmp_path / "q.jsonl", {"id": [1], "prompt": "a"}), store)
+
+
+def test_a_conflict_names_both_places() -> None:
+    seen = Seen()
+    places = ["a/p 1.parquet row 12", "b.jsonl:7", "owner/name@12ab train[0]", "lab-chat", "b.jsonl:1000"]
+    for number, where in enumerate(places):
+        assert seen.add(Prompt(str(number), as_messages("x", ""), None, where))
+        assert not seen.add(Prompt(str(number), as_messages("x", ""), None, "later"))
+    for number, where in enumerate(places):
+        with pytest.raises(UsageError, match=f"two prompts with the id {number}") as caught:
+            seen.add(Prompt(str(number), as_messages("y", ""), None, "here:3"))
+        assert caught.value.where == f"{where} and here:3"
+
+
+def test_memory_is_ids_and_hashes(tmp_path: Path, store: Store) -> None:
+    rows, size = 2000, 5000
+    path = file_of(tmp_path / "p.jsonl", *({"prompt": f"{i} " + "x" * size} for i in range(rows)))
+    config = GenerateConfig(prompts=str(path))
+    pinned = pin_data(str(path), store, "--prompts")
+    tracemalloc.start()
+    count = sum(1 for _ in read_prompts(pinned, config, Counter()))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == rows
+    assert peak < 1_000_000 < rows * size / 5, f"{peak / rows:.0f} bytes a row"
+
+
+def test_a_hub_set_is_loaded_at_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "c0ffee" * 6 + "c0de"
+    asked = []
+
+    def load_dataset(*args: Any, **options: Any) -> datasets.Dataset:
+        asked.append((args, options))
+        return datasets.Dataset.from_list(
+            [{"prompt": "b", "messages": [{"role": "user", "content": "b"}]}, {"prompt": "a"}]
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    pinned = Pinned("hub-data", f"owner/name@{commit}", commit)
+    config = GenerateConfig(prompts="owner/name", split="train_prefs", subset="small", sort=True)
+    prompts = list(read_prompts(pinned, config, Counter()))
+    assert [(prompt.text, prompt.where) for prompt in prompts] == [
+        ("a", f"owner/name@{commit} train_prefs[1]"), ("b", f"owner/name@{commit} train_prefs[0]"),
+    ]  # fmt: skip
+    assert asked == [(("owner/name", "small"), {"split": "train_prefs", "revision": commit})]
+
+
+def test_a_hub_set_that_is_not_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    pinned = Pinned("hub-data", "owner/name@main", "main")
+    with pytest.raises(UsageError, match=r"could not load owner/name@main \(train\)") as caught:
+        next(read_rows(pinned, "train", None))
+    assert caught.value.hint is not None and "--split" in caught.value.hint
+
+
+def test_a_hub_repository_as_datasets_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    repository = tmp_path / "repository"
+    rows = {
+        split: datasets.Dataset.from_list([{"prompt": f"{split} {i}"} for i in range(3)])
+        for split in ("train_prefs", "test_prefs")
+    }
+    for split, made in rows.items():
+        (repository / "data").mkdir(parents=True, exist_ok=True)
+        made.to_parquet(str(repository / "data" / f"{split}-00000-of-00001.parquet"))
+    pinned = Pinned("hub-data", f"{repository}@c0ffee", "c0ffee")
+    prompts = list(read_prompts(pinned, GenerateConfig(prompts="x", split="test_prefs"), Counter()))
+    assert [prompt.text for prompt in prompts] == ["test_prefs 0", "test_prefs 1", "test_prefs 2"]
+    with pytest.raises(UsageError, match="could not load") as caught:
+        list(read_rows(pinned, "train", None))
+    assert caught.value.where == pinned.ref and caught.value.hint == "check --split and --subset"

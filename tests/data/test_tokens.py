@@ -76,6 +76,19 @@ def test_texts_are_rendered_by_the_policy(folder: Path, tokenizer: Any, prompt_i
     assert [tokenizer.decode(side.ids) for side in record.sides] == ["good<|turn_end|>", "bad<|turn_end|>"]
 
 
+def test_template_arguments_reach_prompt_and_response(tmp_path: Path) -> None:
+    shout = "{% if loud %}{% set mark = '!' %}{% else %}{% set mark = '.' %}{% endif %}"
+    models.make_tokenizer(
+        tmp_path, template=shout + models.TEMPLATE.replace("+ '<|turn_end|>'", "+ mark + '<|turn_end|>'")
+    )
+    (tmp_path / "config.json").write_text("{}")
+    made = chat.load_tokenizer(tmp_path, False)
+    for given, mark in (((), "."), (("loud=True",), "!"), (("loud=false",), ".")):
+        record, _ = one([row(chosen_text="good")], tmp_path, chat_template_kwargs=given)
+        assert made.decode(record.prompt_ids).endswith(f"hello{mark}<|turn_end|><|assistant|>")
+        assert made.decode(record.sides[0].ids) == f"good{mark}<|turn_end|>"
+
+
 def test_a_masked_side_is_absent(folder: Path) -> None:
     record, _ = one([row(rejected_text="bad")], folder)
     assert [side.label for side in record.sides] == [-1]

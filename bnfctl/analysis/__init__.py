@@ -1,0 +1,1 @@
+"""What the artifacts say: reports for people, and the same as data."""
