@@ -66,6 +66,14 @@ def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
     raise UsageError("not a safetensors file", where=str(file), hint="fetch the model again (git lfs pull?)")
 
 
+def stored_tensors(folder: Path) -> dict[str, dict[str, Any]]:
+    """`safetensors_header` of all *.safetensors of a folder; UsageError where there is none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UsageError("no *.safetensors in this folder", where=str(folder), hint="fetch the model again")
+    return {name: entry for file in files for name, entry in safetensors_header(file).items()}
+
+
 def _check_artifact(artifact: Artifact, store: Store) -> None:
     """A flipped byte in a trained model must not be sampled from; hashed once, then remembered."""
     if not (artifact.path / "model" / "config.json").is_file():

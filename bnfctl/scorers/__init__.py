@@ -9,6 +9,7 @@ from typing import Protocol
 from bnfctl.config import ScoreConfig
 from bnfctl.data.records import Group, Reward
 from bnfctl.errors import UsageError
+from bnfctl.scorers.thinking import WithoutThinking
 from bnfctl.tables import SCORERS, load
 
 MODEL_HINTS = {
@@ -30,16 +31,19 @@ class Scorer(Protocol):
         ...
 
 
-def make(config: ScoreConfig, model_dir: Path | None = None) -> Scorer:
+def make(config: ScoreConfig, model_dir: Path | None = None, answers: Path | None = None) -> Scorer:
     """The scorer that `config` names, with its model (from `model_dir`) loaded where it has one.
 
+    answers: file in which a judge keeps what it was answered, so that nothing is asked twice.
     Raises UsageError for a scorer that lacks its model, an invalid pattern, a model that is no reward model.
     """
     kind = load(SCORERS, config.scorer, "scorer")
     if config.scorer == "rules":
         scorer: Scorer = kind(config)
+    elif config.scorer == "judge":
+        scorer = kind(config, answers)
     elif model_dir is None:
         raise UsageError(f"{config.scorer} needs a model", where="--model", hint=MODEL_HINTS[config.scorer])
     else:
         scorer = kind(config, model_dir)
-    return scorer
+    return WithoutThinking(scorer) if config.thinking == "strip" else scorer

@@ -29,9 +29,10 @@ from bnfctl.errors import UsageError
 from bnfctl.model.attention import NAME as ROWS_ATTENTION
 from bnfctl.model.attention import register, rows_of
 from bnfctl.model.pretrained import device, load_pretrained, torch_dtype
-from bnfctl.model.source import safetensors_header
+from bnfctl.model.source import stored_tensors
 from bnfctl.model.threads import keep_freed_memory
 from bnfctl.scorers import prompts
+from bnfctl.scorers.windows import windows
 
 OBJECTIVES = (
     "helpsteer-helpfulness", "helpsteer-correctness", "helpsteer-coherence", "helpsteer-complexity",
@@ -49,8 +50,6 @@ _GATE = [128009, 128006, 78191, 128007, 271]
 """_END + _HEADER.  The gate reads the state at the first of these: the <|eot_id|> that closes the prompt."""
 _GATE_FIELDS = ("num_objectives", "gating_temperature", "gating_hidden_dim", "gating_n_hidden")
 _HINT = "RLHFlow/ArmoRM-Llama3-8B-v0.1 is the model that this scorer reads"
-_WINDOW = 32
-"""Batches that are gathered before they are sorted by length."""
 _SPREAD = 8
 """Places inside attention per token of the budget: what shared prompts may add there."""
 
@@ -143,6 +142,9 @@ class ArmoRMScorer:
 
     Equal responses to a prompt get equal rewards, exactly.  A candidate longer than `config.max_length`, or than the
     model has positions for, gets no reward and says its length as {"too_long": tokens}.
+
+    `--dtype auto` is a bfloat16 trunk on a GPU, as the model card has it, and float32 on a CPU; the heads, and what
+    they read, are float32 in each.
     """
 
     def __init__(self, config: ScoreConfig, model_dir: Path, share: bool = True) -> None:
@@ -167,15 +169,9 @@ class ArmoRMScorer:
 
     def score(self, groups: Iterable[Group]) -> Iterator[list[Reward]]:
         """One list per group, in order; reads some batches ahead, to put similar lengths together."""
-        window: list[list[_Sequence]] = []
-        tokens = 0
-        for group in groups:
-            window.append(self._encode(len(window), group))
-            tokens += sum(map(len, window[-1]))
-            if tokens >= _WINDOW * self.config.batch_tokens:
-                yield from self._rewards(window)
-                window, tokens = [], 0
-        yield from self._rewards(window)
+        encoded = (self._encode(number, group) for number, group in enumerate(groups))
+        for window in windows(encoded, lambda group: sum(map(len, group)), self.config.batch_tokens):
+            yield from self._rewards(window)
 
     def _encode(self, number: int, group: Group) -> list[_Sequence]:
         try:
@@ -312,7 +308,7 @@ def check_layout(folder: Path) -> None:
         raise UsageError(what, where=str(folder), hint=_HINT)
     with torch.device("meta"):
         expected = ArmoRM(LlamaConfig.from_dict(raw)).state_dict()
-    found = {name: entry for file in _shards(folder) for name, entry in safetensors_header(file).items()}
+    found = stored_tensors(folder)
     difference = next((text for name, tensor in expected.items() if (text := _difference(name, tensor, found))), None)
     if difference is None and (unexpected := sorted(found.keys() - expected.keys())):
         difference = f"the checkpoint has a tensor that ArmoRM lacks: {unexpected[0]}"
@@ -328,10 +324,3 @@ def _difference(name: str, tensor: Tensor, found: Mapping[str, Mapping[str, Any]
         return f"{name} is {entry['shape']}, expected {list(tensor.shape)}"
     kinds = ("BF16", "F32", "F16") if name.startswith("model.") else ("F32",)
     return None if entry["dtype"] in kinds else f"{name} is stored as {entry['dtype']}, expected {kinds[0]}"
-
-
-def _shards(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UsageError("no *.safetensors in this folder", where=str(folder), hint="fetch the model again")
-    return files

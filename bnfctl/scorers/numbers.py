@@ -89,7 +89,18 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def _stated(response: str) -> str | None:
-    """The text that the response marks as its answer, "" where it marks an empty one, or None."""
+    marked = marked_answer(response)
+    if marked is not None:
+        return marked
+    boxed = _BOXED.findall(response)
+    return boxed[-1] if boxed else None
+
+
+def marked_answer(response: str) -> str | None:
+    """What stands in the "answer" of a JSON object (whole or broken), or behind "####".
+
+    The last one where there are several; "" where it is empty, None where there is none.
+    """
     value = _json_answer(response)
     if value is not None:
         return value
@@ -98,8 +109,7 @@ def _stated(response: str) -> str | None:
         return fields[-1][0] or fields[-1][1]
     if "####" in response:
         return response.rsplit("####", 1)[1].strip().split("\n", 1)[0]
-    boxed = _BOXED.findall(response)
-    return boxed[-1] if boxed else None
+    return None
 
 
 def _json_answer(response: str) -> str | None:

@@ -26,9 +26,8 @@ from bnfctl.data.records import Group, Message, Reward
 from bnfctl.errors import UsageError
 from bnfctl.model.pretrained import device, torch_dtype
 from bnfctl.scorers.deberta_pairs import HINT, MARKERS, Layout, load_pairs, read_layout
+from bnfctl.scorers.windows import batches, windows
 
-_WINDOW = 32
-"""Batches that are gathered before they are sorted by length."""
 _BASE = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3}
 _AROUND = 3
 """Tokens of a segment that are no text: [CLS], marker, [SEP]."""
@@ -41,7 +40,10 @@ class PairRMScorer:
 
     Responses that read the same, also because they differ only where they were cut, have exactly the same reward.  A
     single response has none: {"compared_with": 0}.  `extra` says how many tokens were cut from a response ("cut")
-    and from its prompt ("prompt_cut").
+    and from its prompt ("prompt_cut"): no length makes a reward null.
+
+    `--dtype auto` is bfloat16 on a GPU, and float32 on a CPU, with a float32 head.  LLM-Blender itself takes float16
+    on a GPU: `--dtype float16` does that.
     """
 
     def __init__(self, config: ScoreConfig, model_dir: Path) -> None:
@@ -54,21 +56,15 @@ class PairRMScorer:
 
     def score(self, groups: Iterable[Group]) -> Iterator[list[Reward]]:
         """One list per group, in order; reads some batches ahead, to put similar lengths together."""
-        window: list[Contest] = []
-        tokens = 0
-        for group in groups:
-            window.append(self.encoder.contest(group))
-            tokens += window[-1].tokens
-            if tokens >= _WINDOW * self.config.batch_tokens:
-                yield from self._rewards(window)
-                window, tokens = [], 0
-        yield from self._rewards(window)
+        contests = map(self.encoder.contest, groups)
+        for window in windows(contests, lambda contest: contest.tokens, self.config.batch_tokens):
+            yield from self._rewards(window)
 
     def _rewards(self, window: Sequence[Contest]) -> Iterator[list[Reward]]:
         work = [(number, i, j) for number, contest in enumerate(window) for i, j in contest.pairs()]
         lengths = [window[number].length(i, j) for number, i, j in work]
         logits: list[dict[tuple[int, int], float]] = [{} for _ in window]
-        for batch in _batches(lengths, self.config.batch_tokens):
+        for batch in batches(lengths, self.config.batch_tokens):
             inputs = [window[work[index][0]].input(*work[index][1:]) for index in batch]
             for index, value in zip(batch, self._forward(inputs), strict=True):
                 number, i, j = work[index]
@@ -264,15 +260,3 @@ def _read(text: str, where: str) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of similar lengths, at most `batch_tokens` padded tokens each (or one)."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[index] > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch

@@ -7,6 +7,7 @@ never 0; where the response holds no answer it is 0, and `extra` says {"parsed":
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,7 @@ from functools import lru_cache
 from bnfctl.config import ScoreConfig
 from bnfctl.data.records import Group, Prompt, Reward
 from bnfctl.errors import UsageError
+from bnfctl.scorers import functions
 from bnfctl.scorers.numbers import answer_number, gold_number
 from bnfctl.tables import RULES, load
 
@@ -30,14 +32,29 @@ class RulesScorer:
     version = "rules"
 
     def __init__(self, config: ScoreConfig) -> None:
+        """UsageError for a rule that can't run: no such function, a missing library, an invalid pattern."""
         self.config = config
-        self.rule: Rule = load(RULES, config.rule, "rule")
+        version_of(config.rule)
+        own = config.rule.startswith(functions.PREFIX)
+        self.rule: Rule = functions.own_rule(config.rule) if own else load(RULES, config.rule, "rule")
         if config.rule == "regex":
             _pattern(config.pattern)
 
     def score(self, groups: Iterable[Group]) -> Iterator[list[Reward]]:
         for group in groups:
             yield [self.rule(group.prompt, candidate.text, self.config) for candidate in group.candidates]
+
+
+def version_of(name: str) -> str:
+    """What of a rule's code is in the key: another version may give other rewards.
+
+    The VERSION of the file that it is in, with that of its library where it has one; of the user's own, a digest.
+    UsageError for a rule that can't be imported.
+    """
+    if name.startswith(functions.PREFIX):
+        return functions.version_of(name)
+    module = sys.modules[load(RULES, name, "rule").__module__]
+    return str(module.version() if hasattr(module, "version") else module.VERSION)
 
 
 def exact(prompt: Prompt, response: str, config: ScoreConfig) -> Reward:

@@ -22,7 +22,6 @@ from bnfctl.scorers.armorm import OBJECTIVES, ArmoRM, ArmoRMScorer
 from tests.scorers import armorm_twin as twin_files
 from tests.scorers.armorm_cases import (
     GROUPS,
-    alone,
     assert_close,
     config,
     flat,
@@ -32,33 +31,13 @@ from tests.scorers.armorm_cases import (
     table,
     user,
 )
-from tests.scorers.armorm_twin import PAD, Twin, write_checkpoint
+from tests.scorers.armorm_twin import PAD, Twin
 from tests.stages.chain import run, write_jsonl
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits for a core
 
 PUBLISHED = os.environ.get("BNFCTL_ARMORM")
 """A local copy of RLHFlow/ArmoRM-Llama3-8B-v0.1, for the one test that needs it."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("armorm") / "model")
-
-
-@pytest.fixture(scope="module")
-def scorer(folder: Path) -> ArmoRMScorer:
-    return ArmoRMScorer(config(), folder)
-
-
-@pytest.fixture(scope="module")
-def twin(folder: Path) -> Twin:
-    return Twin(folder)
-
-
-@pytest.fixture(scope="module")
-def exact(twin: Twin) -> torch.Tensor:
-    return alone(twin)
 
 
 # the model

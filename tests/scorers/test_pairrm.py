@@ -295,11 +295,12 @@ def test_a_long_conversation_loses_its_oldest_turns(checkpoint: Maker) -> None:
 # ---- types, tables, published values
 
 
-def test_the_head_stays_float32(checkpoint: Maker) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_head_stays_float32(dtype: str, checkpoint: Maker) -> None:
     folder = checkpoint()
-    scorer = PairRMScorer(config(dtype="bfloat16"), folder)
+    scorer = PairRMScorer(config(dtype=dtype), folder)
     assert scorer._model.head_layer[1].weight.dtype == torch.float32
-    assert scorer._model.pretrained_model.embeddings.word_embeddings.weight.dtype == torch.bfloat16
+    assert scorer._model.pretrained_model.embeddings.word_embeddings.weight.dtype == getattr(torch, dtype)
     found, expected = values(scorer, GROUPS), values(PairRMScorer(config(), folder), GROUPS)
     assert torch.corrcoef(torch.tensor([found, expected]))[0, 1] > 0.98
 
