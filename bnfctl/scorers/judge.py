@@ -1,9 +1,9 @@
 """Rewards from a language model behind an OpenAI-compatible endpoint: pairwise in both orders, or one by one.
 
-Pairwise, the reward of response i among n is the mean over the n - 1 others of w(i, j): 1 where both orders prefer i, 0
-where both prefer j, else 0.5.  Responses that are the same text tie without a question.  Pointwise, it is the number from
-1 to 10 that the judge gives.  Where an answer holds no verdict, or a question is too long for the judge, the rewards that
-depend on it are null.
+Pairwise, the reward of response i among n is the mean over the others of w(i, j): 1 where both orders prefer i, 0 where
+both prefer j, else 0.5.  Responses that are the same text tie without a question.  A pair one of whose answers holds no
+verdict (or was too long for the judge) is left out of the mean; a response without a decided pair has a null reward.
+Pointwise, the reward is the number from 1 to 10 that the judge gives, null where there is none.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class _Judged:
             others = [other for other in range(count) if other != index]
             won = [self._wins(said, index, other) for other in others]
             known = [part for part in won if part is not None]
-            value = sum(known) / len(known) if known and len(known) == len(won) else None
+            value = sum(known) / len(known) if known else None
             rewards.append(Reward(value, {"pairs": [self._pair(said, index, other) for other in others]}))
         return rewards, sum(found is None for found in said.values())
 

@@ -86,14 +86,14 @@ def test_equal_texts_tie_without_a_question_and_one_response_has_no_reward() -> 
         assert sum(stub.asked.values()) == 2  # the equal texts against the third, in both orders
 
 
-def test_an_answer_without_a_verdict_is_null_for_both_and_counted() -> None:
+def test_a_pair_without_a_verdict_counts_for_neither_and_is_counted() -> None:
     def say(body: dict[str, Any], child: int) -> str:
         return "I cannot say." if asked(body)[1:] == ["b", "aaa"] else longest(body, child)
 
     with StubServer(say=say) as stub:
         scorer = JudgeScorer(config(stub.url), None)
         ((one, two, three),) = scorer.score([group("g", "aaa", "b", "cc")])
-        assert [one.value, two.value, three.value] == [None, None, 0.5]
+        assert [one.value, two.value, three.value] == [1.0, 0.0, 0.5]
         assert two.extra["pairs"][0] == {"against": 0, "verdict": None, "text": "I cannot say."}
         assert scorer.failures == scorer.usage["parse_failures"] == 1
 
