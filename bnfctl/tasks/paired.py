@@ -1,0 +1,133 @@
+"""Two models on the same items: is one better?  Never from two separate intervals.
+
+`difference` for grades and scores, `mcnemar` for right / wrong, `sign_flips` as a check that assumes no distribution,
+`bootstrap_difference` for any figure (win rate, length-controlled win rate, Elo), refitted in each resample.
+`holm` when there is more than one of them.  Every p-value is two-sided.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from bnfctl.tasks.statistics import (
+    DRAWS,
+    Statistic,
+    bootstrap,
+    cluster_index,
+    detectable_difference,
+    paired_difference,
+    standard_error,
+)
+
+FLIPS = 10_000
+
+
+@dataclass(frozen=True)
+class Difference:
+    """First - second over n items (clusters, for the bootstrap), its 95 % interval and p-value."""
+
+    n: int
+    mean: float
+    low: float
+    high: float
+    p: float
+    detectable: float
+    """The smallest true difference that would be found with 80 % power at this standard error."""
+
+
+def difference(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable] | None = None
+) -> Difference:
+    """The mean paired difference with its (clustered) standard error, normal interval and z-test.
+
+    No difference on any item is p = 1; the same nonzero one on every item leaves nothing to doubt, p = 0.
+    """
+    found = paired_difference(first, second, clusters)
+    error = standard_error([a - b for a, b in zip(first, second, strict=True)], clusters)
+    p = 1.0 if found.mean == 0 or found.n < 2 else 0.0
+    if error > 0:
+        p = 2 * NormalDist().cdf(-abs(found.mean) / error)
+    return Difference(found.n, found.mean, found.low, found.high, p, detectable_difference(error))
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Items that only one of the two models got right, and the exact p-value."""
+
+    first_only: int
+    second_only: int
+    p: float
+
+
+def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
+    """McNemar's exact test (McNemar 1947, binomial form): of the items that differ, is the split even?
+
+    first, second: 0 or 1 each, in the same order.
+    """
+    b = sum(x > y for x, y in zip(first, second, strict=True))
+    c = sum(x < y for x, y in zip(first, second, strict=True))
+    # Python's integers: exact for any n, where a float binomial would overflow at 1,030.
+    tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))
+    return McNemar(b, c, min(1.0, 2 * tail / 2 ** (b + c)))
+
+
+def sign_flips(
+    first: Sequence[float],
+    second: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
+    draws: int = FLIPS,
+    seed: int = 0,
+) -> float:
+    """p of the mean difference when the two models' names are exchanged at random, cluster by cluster.
+
+    Exact where there are no more than `draws` ways to do that; else (1 + as extreme ones) / (1 + draws).
+    """
+    differences = np.asarray(first, np.float64) - np.asarray(second, np.float64)
+    sums = differences if clusters is None else np.bincount(cluster_index(clusters), weights=differences)
+    # Rounding must not make a permutation that is equal to the data look smaller.
+    bound = abs(sums.sum()) * (1 - 1e-12) - 1e-12 * np.abs(sums).sum()
+    if 2 ** len(sums) <= draws:
+        flips = np.array(list(itertools.product((1.0, -1.0), repeat=len(sums))))
+        return float((np.abs(flips @ sums) >= bound).mean())
+    source, extreme, step = np.random.default_rng(seed), 0, max(1, (1 << 20) // len(sums))
+    for done in range(0, draws, step):
+        flips = source.integers(0, 2, (min(step, draws - done), len(sums))) * 2.0 - 1
+        extreme += int((np.abs(flips @ sums) >= bound).sum())
+    return (1 + extreme) / (1 + draws)
+
+
+def bootstrap_difference(
+    first: Statistic, second: Statistic, clusters: int, draws: int = DRAWS, seed: int = 0
+) -> Difference:
+    """first - second, both refitted on the same resamples of the same clusters: interval, and p by inversion.
+
+    p is twice the share of resamples on the far side of 0, (1 + k) / (1 + draws) at least.  Both statistics give
+    one figure per data set, [b].
+    """
+    found = bootstrap(lambda counts: first(counts) - second(counts), clusters, draws, seed)
+    values = found.values[~np.isnan(found.values)]
+    far = min(int((values <= 0).sum()), int((values >= 0).sum()))
+    estimate = found.estimate()
+    return Difference(
+        clusters,
+        estimate.mean,
+        estimate.low,
+        estimate.high,
+        min(1.0, 2 * (1 + far) / (1 + len(values))),
+        detectable_difference(float(values.std(ddof=1)) if len(values) > 1 else math.nan),
+    )
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's adjusted p-values (Holm 1979): below 0.05 holds for all of them together.  In the order given."""
+    adjusted, floor = {}, 0.0
+    for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = floor
+    return {name: adjusted[name] for name in p_values}
