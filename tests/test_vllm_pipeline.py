@@ -29,8 +29,8 @@ def test_a_run_that_was_stopped_gives_the_same_candidates(tmp_path: Path, bnfctl
             "--sampler", "vllm", "--json")  # fmt: skip
     calm = bnfctl(*args, "--home", tmp_path / "calm", timeout=600)
     assert calm.code == 0, calm.err
-    # The 8th durable step lies after the first chunk.
-    killed = bnfctl(*args, "--home", tmp_path / "killed", env={"BNFCTL_FAULT_AT": "8"}, timeout=600)
+    # The 17th durable step lies after the first chunk: before it the config, the prompts and their counts are written.
+    killed = bnfctl(*args, "--home", tmp_path / "killed", env={"BNFCTL_FAULT_AT": "17"}, timeout=600)
     assert killed.code == -9, killed.err
     assert list((tmp_path / "killed").rglob("parts/*.parquet"))
     resumed = bnfctl(*args, "--home", tmp_path / "killed", timeout=600)

@@ -1,24 +1,28 @@
-"""Samplers: n responses per prompt from a model, in process.  This file imports no torch, transformers or vLLM."""
+"""Samplers: n responses per prompt from a model, here or behind a server.  Imports no torch, transformers or vLLM."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 from bnfctl.config import GenerateConfig
-from bnfctl.data.chat import context_length, load_tokenizer, read_config, render_prompt
+from bnfctl.data.chat import context_length, load_tokenizer, render_prompt, template_kwargs
 from bnfctl.data.records import Candidate, Prompt
 from bnfctl.errors import UsageError
 from bnfctl.tables import SAMPLERS, load
 
 UNBOUNDED = 1 << 30
 """The context of a model whose config.json names none."""
+
+Chunk = tuple[int, Sequence[Prompt]]
+"""(index of the chunk in the input, its prompts)."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Decoding:
     dtype: str = "auto"
     gpu_memory: float = 0.9
     trust_remote_code: bool = False
+    chat_template_kwargs: tuple[str, ...] = ()
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.n > 1 and self.temperature == 0:
@@ -49,24 +55,25 @@ class Decoding:
         return cls(
             n=config.n, temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens,
             seed=config.seed, chunk=config.chunk, dtype=config.dtype, gpu_memory=config.gpu_memory,
-            trust_remote_code=config.trust_remote_code,
+            trust_remote_code=config.trust_remote_code, chat_template_kwargs=config.chat_template_kwargs,
+            tensor_parallel=config.tensor_parallel,
         )  # fmt: skip
 
 
 class Sampler(Protocol):
-    """A loaded model.  Built as `Sampler(model_dir, decoding)`, which raises UsageError when it cannot be loaded."""
+    """A loaded model.  An engine's is built as `Sampler(model_dir, decoding)`; UsageError when it cannot be loaded."""
 
-    tokenizer: Any
-    context: int
-    """The most tokens of prompt + response."""
     version: str
     """The engine and its version, for provenance."""
 
-    def sample(self, chunk: Sequence[Prompt], chunk_index: int, decoding: Decoding | None = None) -> list[Candidate]:
-        """The n candidates of every prompt of a chunk, in prompt, then sample order.
+    def sample(
+        self, chunks: Iterable[Chunk], decoding: Decoding | None = None
+    ) -> Iterator[tuple[int, list[Candidate]]]:
+        """(index, the n candidates of every prompt, in prompt, then sample order) of each chunk, as soon as it is whole.
 
-        chunk_index: which chunk of the input this is.  The same chunk at the same index gives the same candidates,
-        whatever was sampled before.  decoding: another one than the sampler was built with (same dtype).
+        Pulls the next chunk only when it has room for it; several may be under way, so they come in any order.  The
+        same chunk at the same index gives the same candidates, whatever was sampled before or beside it.
+        decoding: another one than the sampler was built with (same dtype).
         """
         ...
 
@@ -92,7 +99,7 @@ def resolve(name: str) -> str:
 
 
 def make(name: str, model_dir: Path, decoding: Decoding) -> Sampler:
-    """The sampler `name` (`hf` or `vllm`) with its model loaded."""
+    """The engine `name` (`hf` or `vllm`) with its model loaded."""
     sampler: Sampler = load(SAMPLERS, name, "sampler")(model_dir, decoding)
     return sampler
 
@@ -107,33 +114,34 @@ def prompt_seed(seed: int, *what: str | int) -> int:
 
 
 def check_prompts(
-    model_dir: Path, prompts: Sequence[Prompt], decoding: Decoding, on_long: str
-) -> tuple[list[Prompt], int]:
-    """(the prompts that leave room for a response, how many do not), before anything is loaded or sampled.
+    model_dir: Path, prompts: Iterable[Prompt], decoding: Decoding, on_long: str, counts: Counter[str]
+) -> Iterator[Prompt]:
+    """The prompts that leave room for a response, one by one; the others are counted as "dropped_long".
 
     on_long: "drop" them, or "error" on the first one.  Raises UsageError with the prompt's place in its file, also
     when the chat template refuses the prompt.
     """
     tokenizer = _tokenizer(model_dir, decoding.trust_remote_code)
     context = context_length(model_dir) or UNBOUNDED
-    kept = []
+    options = template_kwargs(decoding.chat_template_kwargs)
     for prompt in prompts:
-        length = len(render(tokenizer, prompt))
+        length = len(render(tokenizer, prompt, options))
         if length < context:
-            kept.append(prompt)
-        elif on_long != "drop":
+            yield prompt
+        elif on_long == "drop":
+            counts["dropped_long"] += 1
+        else:
             raise UsageError(
                 f"prompt {prompt.id} has {length} tokens; the model's context is {context}",
                 where=prompt.where or prompt.id,
                 hint="shorten the prompt, or let generate drop it: --long-prompts drop",
             )
-    return kept, len(prompts) - len(kept)
 
 
-def render(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The prompt's ids; a UsageError of the chat template names the prompt."""
+def render(tokenizer: Any, prompt: Prompt, options: Mapping[str, Any]) -> list[int]:
+    """The prompt's ids, with these arguments of the chat template; a UsageError of the template names the prompt."""
     try:
-        return render_prompt(tokenizer, prompt.messages)
+        return render_prompt(tokenizer, prompt.messages, **options)
     except UsageError as error:
         raise UsageError(error.what, where=prompt.where or prompt.id, hint=error.hint) from error
 
@@ -141,8 +149,9 @@ def render(tokenizer: Any, prompt: Prompt) -> list[int]:
 def requests(tokenizer: Any, context: int, prompts: Sequence[Prompt], decoding: Decoding) -> list[Request]:
     """The prompts of a chunk, rendered, each with its own token limit and seed."""
     made = []
+    options = template_kwargs(decoding.chat_template_kwargs)
     for prompt in prompts:
-        ids = render(tokenizer, prompt)
+        ids = render(tokenizer, prompt, options)
         room = context - len(ids)
         if room < 1:
             raise UsageError(
@@ -171,17 +180,6 @@ def candidate(
         seed=seed,
         prompt_ids=request.ids,
     )
-
-
-def cache_bytes_per_token(model_dir: Path, bytes_per_number: int) -> int:
-    """An upper bound of the KV cache that one token takes, from config.json."""
-    config = read_config(model_dir)
-    config = {**config, **(config.get("text_config") or {})}
-    layers = config.get("num_hidden_layers") or config.get("n_layer") or 1
-    heads = config.get("num_attention_heads") or config.get("n_head") or 1
-    hidden = config.get("hidden_size") or config.get("n_embd") or 1
-    head_dim = config.get("head_dim") or hidden // heads
-    return max(1, 2 * layers * (config.get("num_key_value_heads") or heads) * head_dim * bytes_per_number)
 
 
 @lru_cache(maxsize=2)

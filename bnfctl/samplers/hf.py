@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from bnfctl.data.chat import context_length, load_tokenizer, stop_ids
 from bnfctl.data.records import Candidate, Prompt
+from bnfctl.model.cache import cache_bytes_per_token
 from bnfctl.model.pretrained import device, load_pretrained, torch_dtype
-from bnfctl.samplers import UNBOUNDED, Decoding, Request, cache_bytes_per_token, candidate, prompt_seed, requests
+from bnfctl.samplers import UNBOUNDED, Chunk, Decoding, Request, candidate, prompt_seed, requests
 
 CACHE_BYTES = 16 << 30
 """Largest KV cache of a batch.  Part of what a seed means: other batches draw other random numbers."""
@@ -36,9 +37,14 @@ class HFSampler:
         # The model's own generation config must not leak into ours: top_k, penalties, forced or suppressed tokens.
         self._model.generation_config = transformers.GenerationConfig()
 
-    def sample(self, chunk: Sequence[Prompt], chunk_index: int, decoding: Decoding | None = None) -> list[Candidate]:
-        """The n candidates of every prompt, seeded for the chunk as a whole."""
-        decoding = decoding or self.decoding
+    def sample(
+        self, chunks: Iterable[Chunk], decoding: Decoding | None = None
+    ) -> Iterator[tuple[int, list[Candidate]]]:
+        """One chunk after the other, each seeded as a whole."""
+        for index, prompts in chunks:
+            yield index, self._chunk(index, prompts, decoding or self.decoding)
+
+    def _chunk(self, chunk_index: int, chunk: Sequence[Prompt], decoding: Decoding) -> list[Candidate]:
         todo = requests(self.tokenizer, self.context, chunk, decoding)
         seed = prompt_seed(decoding.seed, chunk_index, *(request.prompt_id for request in todo))
         rows: dict[int, list[list[int]]] = {}

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bnfctl.data.chat import context_length, load_tokenizer, read_config, stop_ids
-from bnfctl.data.records import Candidate, Prompt
-from bnfctl.errors import UsageError
-from bnfctl.machine import resolve_dtype
-from bnfctl.model.threads import cpu_threads
-from bnfctl.samplers import Decoding, cache_bytes_per_token, candidate, requests
+from bnfctl import console
+from bnfctl.data.chat import load_tokenizer, stop_ids
+from bnfctl.data.records import Candidate
+from bnfctl.model.vllm import load_engine
+from bnfctl.samplers import Chunk, Decoding, Request, candidate, requests
 
-CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Others load, and die at the first step."""
-_CPU_CACHE = (128 << 20, 2 << 30)
-_CPU_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # a worker process costs 13 s and 2 GB, and gains nothing
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
+_AHEAD = 2
+"""Sequences under way, as a multiple of what the engine runs at once: so none of its places is ever empty."""
+
+
+@dataclass
+class _Open:
+    """A chunk whose prompts are with the engine."""
+
+    index: int
+    requests: list[Request]
+    found: dict[int, list[Candidate]] = field(default_factory=dict)
+    """Place in the chunk -> the candidates of a prompt that is done."""
 
 
 class VLLMSampler:
@@ -31,88 +35,75 @@ class VLLMSampler:
         self.decoding = decoding
         self.tokenizer = load_tokenizer(model_dir, decoding.trust_remote_code)
         self.stops = stop_ids(model_dir, self.tokenizer)
-        vllm, on_cpu = _import_vllm(model_dir)
-        self.version = f"vllm {vllm.__version__}"
-        context = context_length(model_dir)
-        settings: dict[str, Any] = {
-            "gpu_memory_utilization": decoding.gpu_memory,
-            "dtype": resolve_dtype(decoding.dtype),
-        }
-        if on_cpu:
-            del settings["gpu_memory_utilization"]
-            settings.update(_cpu_settings(model_dir, context))
-        else:
-            settings["max_model_len"] = -1  # as much of the model's context as the GPU has memory for
-        try:
-            self._engine = vllm.LLM(
-                model=str(model_dir), trust_remote_code=decoding.trust_remote_code,
-                generation_config="vllm",  # the model's own sampling defaults must not leak into ours
-                enable_prefix_caching=True, disable_log_stats=True, seed=0, **settings,
-            )  # fmt: skip
-        except (OSError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UsageError(
-                f"vLLM cannot load the model: {reason}", where=str(model_dir), hint="--sampler hf, or --gpu-memory"
-            ) from error
-        self.context = int(self._engine.llm_engine.model_config.max_model_len)
-        self._vllm = vllm
+        several = {"tensor_parallel_size": decoding.tensor_parallel} if decoding.tensor_parallel > 1 else {}
+        self._vllm, self._llm = load_engine(
+            model_dir, dtype=decoding.dtype, gpu_memory=decoding.gpu_memory,
+            trust_remote_code=decoding.trust_remote_code, instead="--sampler hf",
+            generation_config="vllm",  # the model's own sampling defaults must not leak into ours
+            enable_prefix_caching=True, **several,
+        )  # fmt: skip
+        self._engine = self._llm.llm_engine
+        self._window = _AHEAD * int(self._engine.vllm_config.scheduler_config.max_num_seqs)
+        self.version = f"vllm {self._vllm.__version__}"
+        self.context = int(self._engine.model_config.max_model_len)
 
-    def sample(self, chunk: Sequence[Prompt], chunk_index: int, decoding: Decoding | None = None) -> list[Candidate]:
-        """The n candidates of every prompt; the chunk's index plays no part."""
+    def sample(
+        self, chunks: Iterable[Chunk], decoding: Decoding | None = None
+    ) -> Iterator[tuple[int, list[Candidate]]]:
+        """A continuous feed: the prompts of the next chunks join while the last long ones of earlier chunks still run."""
         decoding = decoding or self.decoding
-        todo = requests(self.tokenizer, self.context, chunk, decoding)
+        source = iter(chunks)
+        running: dict[str, tuple[_Open, int]] = {}
+        exhausted = False
+        try:
+            while True:
+                while not exhausted and self._engine.get_num_unfinished_requests() < self._window:
+                    following = next(source, None)
+                    if following is None:
+                        exhausted = True
+                    elif not self._add(*following, decoding, running):
+                        yield following[0], []
+                if not running:
+                    return
+                for output in self._step():
+                    if output.finished:
+                        chunk, place = running.pop(output.request_id)
+                        chunk.found[place] = self._candidates(chunk.requests[place], output)
+                        if len(chunk.found) == len(chunk.requests):
+                            yield chunk.index, [one for place in sorted(chunk.found) for one in chunk.found[place]]
+        except GeneratorExit:
+            self._engine.abort_request(list(running))  # the engine is used again, and must not go on with these
+            raise
+
+    def _add(
+        self, index: int, prompts: Sequence[Any], decoding: Decoding, running: dict[str, tuple[_Open, int]]
+    ) -> bool:
+        """Hand the prompts of a chunk to the engine; whether there were any."""
+        chunk = _Open(index, requests(self.tokenizer, self.context, prompts, decoding))
         parameters = [
             self._vllm.SamplingParams(
                 n=decoding.n, seed=request.seed, temperature=decoding.temperature,
                 top_p=decoding.top_p if decoding.temperature > 0 else 1.0, top_k=0, max_tokens=request.max_tokens,
                 stop_token_ids=self.stops, detokenize=False,
             )
-            for request in todo
+            for request in chunk.requests
         ]  # fmt: skip
         # ids, never text: the engine would add a BOS to the one that the template wrote
-        prompts = [self._vllm.TokensPrompt(prompt_token_ids=request.ids) for request in todo]
-        made = self._engine.generate(prompts, parameters, use_tqdm=False)
+        tokens = [self._vllm.TokensPrompt(prompt_token_ids=request.ids) for request in chunk.requests]
+        for place, name in enumerate(self._llm.enqueue(tokens, parameters, use_tqdm=False) if tokens else ()):
+            running[name.partition("-")[0]] = (chunk, place)  # behind the number that outputs go by: a random part
+        return bool(tokens)
+
+    def _step(self) -> list[Any]:
+        try:
+            found: list[Any] = self._engine.step()
+        except Exception:
+            console.check_stop()  # Ctrl-C reaches the engine's own process too, and ends it
+            raise
+        return found
+
+    def _candidates(self, request: Request, output: Any) -> list[Candidate]:
         return [
             candidate(self.tokenizer, request, one.index, one.token_ids, self.stops, request.seed + one.index)
-            for request, of_prompt in zip(todo, made, strict=True)
-            for one in sorted(of_prompt.outputs, key=lambda one: one.index)
+            for one in sorted(output.outputs, key=lambda one: one.index)
         ]
-
-
-def _import_vllm(model_dir: Path) -> tuple[Any, bool]:
-    """(vllm, does it run on the CPU); what it reads from the environment is set before, unless the user has."""
-    try:
-        import torch
-
-        if not torch.cuda.is_available():
-            os.environ.setdefault("OMP_NUM_THREADS", str(cpu_threads(model_dir)))
-            for name, value in _CPU_ENVIRONMENT.items():
-                os.environ.setdefault(name, value)
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        import vllm
-        from vllm.platforms import current_platform
-    except ImportError as error:
-        raise UsageError(
-            f"vLLM cannot be imported: {error}", where="--sampler", hint="pip install 'bnfctl[vllm]', or --sampler hf"
-        ) from error
-    return vllm, bool(current_platform.is_cpu())
-
-
-def _cpu_settings(model_dir: Path, context: int | None) -> dict[str, Any]:
-    """A seed per request crashes the CPU engine as soon as a prefill is chunked, so none may be."""
-    config = read_config(model_dir)
-    head_dim = config.get("head_dim") or config.get("hidden_size", 0) // (config.get("num_attention_heads") or 1)
-    if head_dim not in CPU_HEAD_DIMS:
-        raise UsageError(
-            f"vLLM on a CPU cannot run heads of {head_dim} dimensions", where=str(model_dir), hint="--sampler hf"
-        )
-    longest = context or 8192
-    least = cache_bytes_per_token(model_dir, 4) * (longest + 256)
-    return {
-        "max_model_len": context,
-        "enforce_eager": True,
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(8192, longest),
-        "block_size": 32,
-        "kv_cache_memory_bytes": max(least, min(max(32 * least, _CPU_CACHE[0]), _CPU_CACHE[1])),
-    }

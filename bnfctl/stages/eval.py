@@ -6,16 +6,17 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from bnfctl import console, samplers, shards, tasks
+from bnfctl import console, pool, samplers, shards, tasks
 from bnfctl.artifact import Artifact, Draft, Plan, Store
 from bnfctl.config import EvalConfig
-from bnfctl.data.records import Prompt
+from bnfctl.data.records import Candidate, Prompt
 from bnfctl.errors import BnfctlError, GateError, UsageError, nearest
 from bnfctl.machine import resolve_dtype
 from bnfctl.model.source import model_dir, pin_model
@@ -76,16 +77,19 @@ def run(config: EvalConfig, draft: Draft) -> dict[str, Any]:
     found = [tasks.make(name) for name in config.tasks]
     items = {task.name: task.requests(config.limit) for task in found}
     parts = shards.Parts(draft.scratch / "parts", SCHEMA)
-    done, unit = parts.done(), 0
+    done, first = parts.done(), 0
     with console.Progress(sum(map(len, items.values())), "items") as progress:
         for task in found:
-            for start in range(0, len(items[task.name]), config.chunk):
-                chunk = items[task.name][start : start + config.chunk]
-                if unit not in done:
-                    parts.write(unit, list(runner.grade(task, chunk, start // config.chunk)))
-                    console.check_stop()
-                unit += 1
-                progress.advance(len(chunk))
+            mine = items[task.name]
+            chunks = [mine[start : start + config.chunk] for start in range(0, len(mine), config.chunk)]
+            progress.advance(sum(len(chunk) for index, chunk in enumerate(chunks) if first + index in done))
+            todo = [(index, chunk) for index, chunk in enumerate(chunks) if first + index not in done]
+            if todo:
+                for index, rows in runner.grade(task, pool.until_stop(todo)):
+                    parts.write(first + index, rows)
+                    progress.advance(len(rows))
+                console.check_stop()
+            first += len(chunks)
     parts.publish(draft.path / "rows")
     base = draft.artifact("base") if "base" in draft.inputs else None
     rows = list(shards.read_rows(draft.path / "rows", ["task", "item_id", "tokens", "grade"]))
@@ -99,30 +103,41 @@ class _Runner:
         self.config, self.folder, self.draft = config, folder, draft
         self._sampler: samplers.Sampler | None = None
 
-    def grade(self, task: tasks.Task, chunk: Any, index: int) -> Iterator[dict[str, Any]]:
-        """The rows of one chunk of a task's items."""
+    def grade(self, task: tasks.Task, chunks: Iterable[samplers.Chunk]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """(index, rows) of each chunk of a task's items."""
         decoding = samplers.Decoding(
             n=1, **dataclasses.asdict(task.decoding), seed=self.config.seed, chunk=self.config.chunk,
             dtype=self.config.dtype, gpu_memory=self.config.gpu_memory, trust_remote_code=self.config.trust_remote_code,
+            chat_template_kwargs=self.config.chat_template_kwargs,
         )  # fmt: skip
         if self._sampler is None:
             self._sampler = samplers.make(self.config.sampler, self.folder, decoding)
             self.draft.provenance["engine"] = self._sampler.version
-        samplers.check_prompts(self.folder, chunk, decoding, "error")
-        by_id: Mapping[str, Prompt] = {prompt.id: prompt for prompt in chunk}
-        for candidate in self._sampler.sample(chunk, index, decoding):
-            prompt = by_id[candidate.prompt_id]
-            graded = task.grade(prompt, candidate.text)
-            yield {
-                "task": task.name,
-                "item_id": prompt.id,
-                "prompt": list(prompt.messages),
-                "response": candidate.text,
-                "tokens": len(candidate.token_ids or ()),
-                "finish_reason": candidate.finish_reason,
-                "grade": graded.value,
-                "extra": json.dumps(graded.extra, sort_keys=True, ensure_ascii=False) if graded.extra else None,
-            }
+        prompts: dict[int, dict[str, Prompt]] = {}
+
+        def checked() -> Iterator[samplers.Chunk]:
+            for index, items in chunks:
+                chunk = list(samplers.check_prompts(self.folder, items, decoding, "error", Counter()))
+                prompts[index] = {prompt.id: prompt for prompt in chunk}
+                yield index, chunk
+
+        for index, candidates in self._sampler.sample(checked(), decoding):
+            by_id = prompts.pop(index)
+            yield index, [_row(task, by_id[candidate.prompt_id], candidate) for candidate in candidates]
+
+
+def _row(task: tasks.Task, prompt: Prompt, candidate: Candidate) -> dict[str, Any]:
+    graded = task.grade(prompt, candidate.text)
+    return {
+        "task": task.name,
+        "item_id": prompt.id,
+        "prompt": list(prompt.messages),
+        "response": candidate.text,
+        "tokens": len(candidate.token_ids or ()),
+        "finish_reason": candidate.finish_reason,
+        "grade": graded.value,
+        "extra": json.dumps(graded.extra, sort_keys=True, ensure_ascii=False) if graded.extra else None,
+    }
 
 
 def _aggregate(task: tasks.Task, rows: list[dict[str, Any]], base: Artifact | None) -> dict[str, Any]:

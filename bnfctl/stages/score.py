@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,16 +13,21 @@ from typing import Any
 
 import pyarrow as pa
 
-from bnfctl import console, scorers, shards
-from bnfctl.artifact import Draft, Plan, Store
+from bnfctl import console, pool, scorers, shards
+from bnfctl.artifact import Artifact, Draft, Pinned, Plan, Store
 from bnfctl.config import GenerateConfig, ScoreConfig
 from bnfctl.data.candidates import groups
+from bnfctl.data.files import FILE_ENDINGS
 from bnfctl.data.records import Group, Reward
 from bnfctl.errors import UsageError
 from bnfctl.machine import resolve_dtype
 from bnfctl.model.source import model_dir, pin_model
+from bnfctl.model.threads import cpu_threads
+from bnfctl.options import as_json, from_json
+from bnfctl.scorers import verdicts
+from bnfctl.scorers.rules import version_of
+from bnfctl.scorers.thinking import WithoutThinking
 from bnfctl.stages import Prerequisite
-from bnfctl.tables import RULES, load
 
 STAGE, VERSION = "score", 1
 UNIT = 256
@@ -35,23 +40,68 @@ SCHEMA = pa.schema(
 
 
 def plan(config: ScoreConfig, store: Store) -> Plan | Prerequisite:
-    """Resolve the candidates and the reward model; a file of responses is imported first."""
-    if config.input.endswith(".jsonl") and store.search(config.input) is None:
-        if not Path(config.input).is_file():
+    """Resolve the candidates and what scores them; a file or folder of responses is imported first."""
+    if store.search(config.input) is None and _looks_like_data(config.input):
+        if not Path(config.input).expanduser().exists():
             raise UsageError(f"no such file '{config.input}'", where="INPUT", hint="check the path")
         imported = GenerateConfig(prompts=config.input, sampler="file")
         return Prerequisite("generate", imported, "input", f"{config.input} is imported as candidates")
     inputs = {"input": store.find(config.input, "generate", "INPUT").pinned()}
-    if config.scorer != "rules":
+    versions = {}
+    if config.scorer == "rules":
+        if config.rule == "regex":
+            _check_pattern(config.pattern)
+        versions[config.rule] = version_of(config.rule)
+    elif config.scorer == "judge":
+        if config.judge_prompt is not None:
+            inputs["judge_prompt"] = _pin_text(config.judge_prompt, store)
+        config = _resolve_judge(config)
+        versions["judge"] = verdicts.VERSION
+    else:
         if config.model is None:
             hint = scorers.MODEL_HINTS[config.scorer]
             raise UsageError(f"{config.scorer} needs a model", where="--model", hint=hint)
         inputs["model"] = pin_model(config.model, store)
         config = dataclasses.replace(config, dtype=resolve_dtype(config.dtype))
-    if config.scorer == "rules" and config.rule == "regex":
-        _check_pattern(config.pattern)
-    versions = {config.rule: rule_version(config.rule)} if config.scorer == "rules" else {}
+    _processes(config)
     return Plan(STAGE, VERSION, config, inputs, versions=versions)
+
+
+def _looks_like_data(ref: str) -> bool:
+    path = Path(ref).expanduser()
+    return path.suffix.lower() in FILE_ENDINGS or path.exists()
+
+
+def _pin_text(path: str, store: Store) -> Pinned:
+    file = Path(path).expanduser().absolute()
+    if not file.is_file():
+        raise UsageError(f"no such file '{path}'", where="--judge-prompt", hint="check the path")
+    return Pinned("file", str(file), store.digests.file(file), str(file))
+
+
+def _resolve_judge(config: ScoreConfig) -> ScoreConfig:
+    """The config with the judge's name in it: without one the servers are asked for their only model."""
+    if config.model is not None:
+        raise UsageError("a judge runs on servers, not from --model", where="--model", hint="--served-model NAME")
+    if not config.server:
+        raise UsageError("server is missing", where="--server", hint="--server http://host:8000/v1, for each server")
+    from bnfctl.client.served import name_for  # httpx, which the other scorers have no use for
+    from bnfctl.scorers import judge
+
+    judge.check(config)
+    return dataclasses.replace(config, served_model=name_for(config))
+
+
+def _processes(config: ScoreConfig) -> int:
+    """How many processes score; UsageError where `--devices` asks for what is not there."""
+    if config.scorer == "judge":
+        if config.devices not in (None, 1):
+            hint = "--concurrency says how many requests are in flight"
+            raise UsageError("a judge is asked by one process", where="--devices", hint=hint)
+        return 1
+    if config.scorer == "rules":
+        return config.devices or 1  # of no use to a GPU
+    return pool.processes(config.devices)
 
 
 def run(config: ScoreConfig, draft: Draft) -> dict[str, Any]:
@@ -61,24 +111,81 @@ def run(config: ScoreConfig, draft: Draft) -> dict[str, Any]:
     folder = model_dir(draft.inputs["model"]) if "model" in draft.inputs else None
     parts = shards.Parts(draft.scratch / "parts", SCHEMA)
     done = parts.done()
-    scorer = scorers.make(config, folder) if len(done) * UNIT < total else None
-    if scorer is not None:
-        draft.provenance["engine"] = scorer.version
-    with console.Progress(total, "prompts") as progress:
-        for unit, batch in enumerate(_units(groups(source.rows()))):
-            if unit not in done:
-                assert scorer is not None
-                parts.write(unit, [row for group, rewards in zip(batch, scorer.score(batch), strict=True)
-                                   for row in _rows(group, rewards)])  # fmt: skip
-                console.check_stop()
-            progress.advance(len(batch))
+    bounds = _bounds(row["prompt_id"] for row in source.rows(["prompt_id"]))
+    todo = [unit for unit in range(len(bounds) - 1) if unit not in done]
+    workers = max(1, min(_processes(config), len(todo)))
+    request = {"config": as_json(config), "scratch": str(draft.scratch), "input": str(source.path), "bounds": bounds,
+               "model": str(folder) if folder else None}  # fmt: skip
+    job = pool.Job(
+        "bnfctl.stages.score:Scoring", request, draft.path / "log", workers,
+        threads=max(1, cpu_threads(folder) // workers) if folder else 1,
+    )  # fmt: skip
+    with console.Progress(total, "prompts", min(total, len(done) * UNIT)) as progress:
+        for one in pool.run(job, todo) if todo else ():
+            draft.provenance.update(one.provenance)
+            progress.advance(one.records)
     parts.publish(draft.path / "rows")
     return _measure(shards.read_rows(draft.path / "rows", ["reward"]))
 
 
-def rule_version(name: str) -> str:
-    """The version of the file that a rule is in: another one may give other rewards."""
-    return str(sys.modules[load(RULES, name, "rule").__module__].VERSION)
+def _bounds(ids: Iterable[str]) -> list[int]:
+    """The first row of every unit, and the end of the last one: a unit is UNIT whole groups."""
+    starts, row = [], -1
+    groups_before = 0
+    previous: str | None = None
+    for row, prompt in enumerate(ids):
+        if prompt != previous:
+            if groups_before % UNIT == 0:
+                starts.append(row)
+            groups_before, previous = groups_before + 1, prompt
+    return [*starts, row + 1]
+
+
+class Scoring:
+    """Scores units of groups and saves each: in this process, or in a worker of its own."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        config = from_json(ScoreConfig, request["config"])
+        self.judge = config.scorer == "judge"
+        scratch = Path(request["scratch"])
+        self.bounds = request["bounds"]
+        self.parts = shards.Parts(scratch / "parts", SCHEMA)
+        self.rows = shards.Slices(Artifact(Path(request["input"])).shards())  # hashed here, once
+        folder = Path(request["model"]) if request["model"] else None
+        self.scorer = scorers.make(config, folder, scratch / "answers.sqlite")
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Of the scorer; a judge also says how much it was asked."""
+        inner = self.scorer.scorer if isinstance(self.scorer, WithoutThinking) else self.scorer
+        usage = getattr(inner, "usage", None)
+        return {"engine": self.scorer.version, **({"usage": usage} if usage else {})}
+
+    def run(self, units: Iterable[int]) -> Iterator[tuple[int, int, int]]:
+        """(unit, its groups, 0) of each unit that is saved.
+
+        Most scorers get a unit at a time, so that what is scored together, and so the last bit of a reward, does not
+        depend on where a run was resumed.  A judge gets all as one stream: nobody waits for the end of a unit.
+        """
+        for together in [units] if self.judge else ([unit] for unit in units):
+            yield from self._score(together)
+
+    def _score(self, units: Iterable[int]) -> Iterator[tuple[int, int, int]]:
+        pulled: deque[tuple[int, list[Group]]] = deque()
+
+        def stream() -> Iterator[Group]:
+            for unit in units:
+                batch = list(groups(self.rows.read(self.bounds[unit], self.bounds[unit + 1])))
+                pulled.append((unit, batch))
+                yield from batch
+
+        rewards = iter(self.scorer.score(stream()))
+        for first in rewards:
+            unit, batch = pulled.popleft()
+            of_groups = [first, *islice(rewards, len(batch) - 1)]
+            rows = [row for group, of_group in zip(batch, of_groups, strict=True) for row in _rows(group, of_group)]
+            self.parts.write(unit, rows)
+            yield unit, len(batch), 0
 
 
 def _check_pattern(pattern: str | None) -> None:
@@ -90,11 +197,6 @@ def _check_pattern(pattern: str | None) -> None:
         raise UsageError(
             f"not a regular expression: {error}", where="--pattern", hint="quote it for the shell"
         ) from None
-
-
-def _units(found: Iterator[Group]) -> Iterator[list[Group]]:
-    while batch := list(islice(found, UNIT)):
-        yield batch
 
 
 def _rows(group: Group, rewards: list[Reward]) -> Iterator[dict[str, Any]]:

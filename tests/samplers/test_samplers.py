@@ -3,6 +3,8 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,9 +59,10 @@ def test_several_greedy_responses_are_refused() -> None:
 def test_decoding_of_a_generate_config_takes_every_field() -> None:
     config = GenerateConfig(
         prompts="x", n=3, temperature=0.5, top_p=0.6, max_tokens=7, seed=8, chunk=9, dtype="float32", gpu_memory=0.4,
-        trust_remote_code=True,
+        trust_remote_code=True, chat_template_kwargs=("x=1",), tensor_parallel=2,
     )  # fmt: skip
-    assert samplers.Decoding.of(config) == samplers.Decoding(3, 0.5, 0.6, 7, 8, 9, "float32", 0.4, True)
+    wanted = samplers.Decoding(3, 0.5, 0.6, 7, 8, 9, "float32", 0.4, True, ("x=1",), 2)
+    assert samplers.Decoding.of(config) == wanted
 
 
 def test_prompt_seeds_are_fixed_and_have_53_bits() -> None:
@@ -73,22 +76,36 @@ def test_prompt_seeds_are_fixed_and_have_53_bits() -> None:
     samplers.prompt_seed(0, "half \ud83d")
 
 
+def checked(folder: Path, prompts: list[Prompt], on_long: str) -> tuple[list[Prompt], int]:
+    counts: Counter[str] = Counter()
+    return list(samplers.check_prompts(folder, prompts, decoding(), on_long, counts)), counts["dropped_long"]
+
+
 def test_prompts_that_do_not_fit(folder: Path) -> None:
     short, long = prompt("a", "hi"), prompt("b", "x" * 60)
-    assert samplers.check_prompts(folder, [short], decoding(), "error") == ([short], 0)
-    assert samplers.check_prompts(folder, [long, short, long], decoding(), "drop") == ([short], 2)
+    assert checked(folder, [short], "error") == ([short], 0)
+    assert checked(folder, [long, short, long], "drop") == ([short], 2)
     with pytest.raises(UsageError) as caught:
-        samplers.check_prompts(folder, [short, long], decoding(), "error")
+        checked(folder, [short, long], "error")
     assert caught.value.where == "prompts.jsonl:b"
     assert "--long-prompts drop" in (caught.value.hint or "")
 
 
+def test_prompts_are_checked_as_they_come(folder: Path) -> None:
+    def endless() -> Iterator[Prompt]:
+        for number in itertools.count():
+            yield prompt(str(number), "hi")
+
+    passed = samplers.check_prompts(folder, endless(), decoding(), "error", Counter())
+    assert [one.id for one in itertools.islice(passed, 3)] == ["0", "1", "2"]
+
+
 def test_a_prompt_needs_room_for_one_token(folder: Path) -> None:
     around = [prompt(str(size), "x" * size) for size in range(30, 40)]
-    kept, dropped = samplers.check_prompts(folder, around, decoding(), "drop")
+    kept, dropped = checked(folder, around, "drop")
     tokenizer = samplers.load_tokenizer(folder, False)
     assert dropped == 10 - len(kept)
-    assert len(samplers.render(tokenizer, kept[-1])) == 39
+    assert len(samplers.render(tokenizer, kept[-1], {})) == 39
     made = samplers.requests(tokenizer, 40, kept, decoding(max_tokens=3))
     assert made[-1].max_tokens == 1
     assert all(request.max_tokens == min(3, 40 - len(request.ids)) for request in made)
@@ -96,11 +113,28 @@ def test_a_prompt_needs_room_for_one_token(folder: Path) -> None:
         samplers.requests(tokenizer, 40, around, decoding())
 
 
+def test_arguments_of_the_chat_template_reach_every_rendering(tmp_path: Path) -> None:
+    template = models.TEMPLATE + "{%- if not enable_thinking -%}{{- 'no thinking' -}}{%- endif -%}"
+    tokenizer = models.make_tokenizer(tmp_path, template=template)
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 24}')
+    asked = prompt("a", "hi")
+    long, short = decoding(), decoding(chat_template_kwargs=("enable_thinking=true",))
+    (plain,) = samplers.requests(tokenizer, 99, [asked], long)
+    (thinking,) = samplers.requests(tokenizer, 99, [asked], short)
+    assert tokenizer.decode(plain.ids[len(thinking.ids) :]) == "no thinking"
+    assert plain.ids[: len(thinking.ids)] == thinking.ids
+    counts: Counter[str] = Counter()
+    limit = f'{{"max_position_embeddings": {len(plain.ids)}}}'
+    (tmp_path / "config.json").write_text(limit)
+    assert list(samplers.check_prompts(tmp_path, [asked], short, "drop", counts)) == [asked]
+    assert list(samplers.check_prompts(tmp_path, [asked], long, "drop", counts)) == []
+
+
 def test_a_prompt_that_the_template_refuses_is_named(tmp_path: Path) -> None:
     models.make_tokenizer(tmp_path, template="{{ raise_exception('no') }}")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError) as caught:
-        samplers.check_prompts(tmp_path, [prompt("a", "x")], decoding(), "drop")
+        checked(tmp_path, [prompt("a", "x")], "drop")
     assert caught.value.where == "prompts.jsonl:a"
 
 
@@ -111,9 +145,3 @@ def test_candidate_ends_at_the_stop_or_the_limit(folder: Path) -> None:
     assert (done.text, done.token_ids, done.finish_reason, done.seed) == ("hi", [71, 72, 259], "stop", 5)
     cut = samplers.candidate(tokenizer, request, 0, [71, 72, 71, 72, 259], [257, 259], 5)
     assert (cut.text, cut.token_ids, cut.finish_reason) == ("hihi", [71, 72, 71, 72], "length")
-
-
-def test_cache_bytes_per_token(tmp_path: Path) -> None:
-    config = '{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}'
-    (tmp_path / "config.json").write_text(config)
-    assert samplers.cache_bytes_per_token(tmp_path, 2) == 131072  # Llama 3 8B

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import tracemalloc
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from bnfctl import launch
+from bnfctl import launch, machine, shards
 from bnfctl.artifact import Store
 from bnfctl.config import GenerateConfig
+from bnfctl.data.candidates import SCHEMA
+from bnfctl.data.records import Prompt
 from bnfctl.errors import UsageError
+from bnfctl.stages import generate
 from tests.models import BOS, TEMPLATE, make_llama
 from tests.stages.chain import PROMPTS, SAMPLES, Chain, interrupt, prompt_rows, published, run, write_jsonl
+from tests.stages.kills import kill_at
+from tests.stub_server import StubServer
 
 BEGIN = 256
 STOPS = (257, 259)
@@ -115,6 +124,164 @@ def test_a_chunk_that_is_there_is_not_sampled_again(
     assert len(list(store.home.glob(".drafts/*/scratch/parts/*.parquet"))) == 2
     run(config, store)
     assert "resuming: 2 of 3 chunks are there" in capsys.readouterr().err
+
+
+def test_two_workers_and_a_kill_leave_the_digest_of_an_undisturbed_run(
+    policy: Path, store: Store, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_jsonl(tmp_path / "many.jsonl", prompt_rows(24))
+    config = asked(path, policy, chunk=1, max_tokens=40, dtype="float32")
+    parts = kill_at(3, dataclasses.replace(config, devices=2), store)
+    assert 3 <= parts < 24, "killed in the middle"
+    resumed = run(config, store)
+    assert f"resuming: {parts} of 24 chunks are there" in capfd.readouterr().err
+    undisturbed = run(config, Store(tmp_path / "undisturbed"))
+    assert resumed.manifest.digest == undisturbed.manifest.digest
+    assert resumed.manifest.summary == undisturbed.manifest.summary
+    assert resumed.manifest.provenance["tokens_per_second"] > 0
+    assert (resumed.path / "log" / "worker-1.log").exists(), "the killed run had two"
+
+
+def test_prompts_are_not_read_again_when_a_run_is_resumed(
+    prompts: Path, policy: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = asked(prompts, policy)
+    interrupt(config, store)
+    undisturbed = run(config, Store(store.home / "undisturbed"))
+
+    def never(*args: Any) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(generate, "read_prompts", never)
+    resumed = run(config, store)
+    assert resumed.manifest.digest == undisturbed.manifest.digest
+    assert resumed.manifest.summary == undisturbed.manifest.summary
+
+
+def test_prompts_are_spooled_without_holding_them(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "x" * 4000
+
+    def many(pinned: Any, config: GenerateConfig, counts: Counter[str]) -> Iterator[Prompt]:
+        for number in range(12_000):
+            yield Prompt(str(number), ({"role": "user", "content": f"{number} {text}"},), where=f"line {number}")
+        counts["repeated"] += 3
+
+    monkeypatch.setattr(generate, "read_prompts", many)
+    config = GenerateConfig(prompts="lab:chat", sampler="server", server=("http://127.0.0.1:9/v1",), served_model="m")
+    with store.draft(launch.plan("generate", config, store, lambda first: None)) as draft:
+        draft.open()
+        tracemalloc.start()
+        try:
+            counts = generate._spool(config, draft, None)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert counts == {"prompts": 12_000, "repeated": 3, "dropped_long": 0}
+        assert peak < 12 << 20, "48 MB of prompts went through"
+        rows = shards.Slices(sorted((draft.scratch / "prompts").glob("*.parquet")))
+        (row,) = rows.read(9000, 9001)
+        assert (row["id"], row["where"], row["messages"][0]["content"][:5]) == ("9000", "line 9000", "9000 ")
+
+
+def test_the_summary_says_how_long_and_how_different_the_responses_are(
+    prompts: Path, policy: Path, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = run(asked(prompts, policy, n=8, max_tokens=30), store)
+    summary, rows = made.manifest.summary, list(made.rows())
+    lengths = [len(row["token_ids"]) for row in rows]
+    assert summary["lengths"] == {
+        str(least): sum(least <= length < 2 * least for length in lengths)
+        for least in (1, 2, 4, 8, 16)
+        if any(least <= length < 2 * least for length in lengths)
+    }
+    assert summary["tokens_per_response"] == pytest.approx(sum(lengths) / 40, abs=0.05)
+    cut = sum(row["finish_reason"] == "length" for row in rows)
+    assert 0 < cut < 40 and (summary["cut"], summary["cut_share"]) == (cut, round(cut / 40, 4))
+    told = capsys.readouterr().err
+    assert f"40 responses; {summary['tokens_per_response']} tokens each; " in told
+    assert "tokens/s; " in told and "% cut at --max-tokens; " in told
+    assert "responses by tokens: " in told
+    assert made.manifest.provenance["tokens_per_second"] > 0
+
+
+def test_the_share_of_prompts_whose_responses_are_all_the_same(tmp_path: Path) -> None:
+    responses = {"a": ["x", "x", "x"], "b": ["x", "y", "x"], "c": ["x"], "d": ["y", "y"], "e": ["", " "]}
+    rows = [{"prompt_id": prompt, "text": text, "token_ids": [7] * len(text), "finish_reason": "stop"}
+            for prompt, texts in responses.items() for text in texts]  # fmt: skip
+    shards.write_shards(tmp_path, rows, SCHEMA)
+    measured = generate._measure(tmp_path)
+    assert measured["all_same_share"] == 0.5, "a and d, of the four with several responses"
+    assert measured["lengths"] == {"0": 1, "1": 10}
+    shards.write_shards(tmp_path, rows[:1], SCHEMA)
+    assert generate._measure(tmp_path)["all_same_share"] is None
+    shards.write_shards(tmp_path, [], SCHEMA)
+    assert generate._measure(tmp_path) == {"candidates": 0}
+
+
+def test_arguments_of_the_chat_template_are_in_the_key_and_in_the_prompt(
+    prompts: Path, store: Store, tmp_path: Path
+) -> None:
+    template = TEMPLATE + "{%- if style is defined -%}{{- style -}}{%- endif -%}"
+    folder = make_llama(tmp_path / "styled", template=template, stop=2.0)
+    plain = run(asked(prompts, folder), store)
+    styled = run(asked(prompts, folder, chat_template_kwargs=("style=brief",)), store)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for before, after in zip(plain.rows(), styled.rows(), strict=True):
+        assert tokenizer.decode(after["prompt_ids"]) == tokenizer.decode(before["prompt_ids"]) + "brief"
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"sampler": "server"}, "--server"),
+        ({"sampler": "server", "server": ("http://127.0.0.1:9/v1",), "devices": 2}, "--devices"),
+        ({"sampler": "file", "devices": 2}, "--devices"),
+        ({"tensor_parallel": 2}, "--tensor-parallel"),
+        ({"sampler": "vllm", "tensor_parallel": 2}, "--tensor-parallel"),
+        ({"devices": 3}, "--devices"),
+        ({"sampler": "vllm", "tensor_parallel": 2, "devices": 1}, "--tensor-parallel"),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    changes: dict[str, Any], where: str, prompts: Path, policy: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = 2 if "devices" in changes else 0
+    monkeypatch.setattr(machine, "visible_gpus", lambda: gpus)
+    with pytest.raises(UsageError) as caught:
+        run(asked(prompts, policy, **changes), store)
+    assert (caught.value.where, caught.value.exit_code) == (where, 2) and caught.value.hint
+
+
+def test_devices_servers_and_their_like_are_not_in_the_key(prompts: Path, policy: Path, store: Store) -> None:
+    def key(**changes: Any) -> str:
+        return launch.plan("generate", asked(prompts, policy, **changes), store, lambda first: None).key
+
+    assert key(devices=2) == key(concurrency=3) == key(timeout=5.0) == key()
+    server: dict[str, Any] = {"sampler": "server", "served_model": "m"}
+    first = key(**server, server=("http://a:1/v1",))
+    assert key(**server, server=("http://b:1/v1", "http://c:1/v1")) == first
+    assert len({first, key(**{**server, "served_model": "other"}, server=("http://a:1/v1",)), key()}) == 3
+    assert key(**server, server=("http://a:1/v1",), model=None) != first, "the model's tokenizer makes ids"
+
+
+def test_a_server_gives_text_and_no_ids(prompts: Path, store: Store) -> None:
+    with StubServer() as server:
+        config = asked(prompts, prompts, model=None, sampler="server", server=(server.url,))
+        made = run(config, store)
+        again = launch.execute("generate", config, store)
+    assert again.cached and again.artifact.path == made.path
+    rows = list(made.rows())
+    assert [(row["prompt_id"], row["sample"]) for row in rows] == [
+        (f"q{i}", sample) for i in range(5) for sample in (0, 1)
+    ]
+    assert all(row["text"] and row["token_ids"] is None for row in rows)
+    manifest = made.manifest
+    assert manifest.summary["tokenizer"] is None and "lengths" not in manifest.summary
+    assert manifest.summary["all_same_share"] == 0.0 and manifest.summary["prompts"] == 5
+    assert manifest.config["served_model"] == "stub"
+    assert manifest.provenance["engine"].startswith("server stub") and manifest.provenance["usage"]["requests"] == 5
 
 
 def test_a_long_prompt_is_an_error_with_its_line_or_a_count(policy: Path, store: Store, tmp_path: Path) -> None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from bnfctl import console, launch, machine
 from bnfctl.artifact import Store
-from bnfctl.config import BuildConfig, ScoreConfig, TrainConfig
-from bnfctl.errors import UsageError
+from bnfctl.config import BuildConfig, GenerateConfig, ScoreConfig, TrainConfig
+from bnfctl.errors import Interrupted, UsageError
 from bnfctl.stages import score
 from tests.stages.chain import Chain, interrupt, published, run, write_jsonl
+from tests.stages.kills import kill_at
+from tests.stub_server import Call, StubServer
 
 RESPONSES = ["4", "It is 4.", "five", '{"answer": "4"}']
 
@@ -151,6 +159,153 @@ def test_a_resumed_run_gives_the_digest_of_an_undisturbed_one(
     assert len(list(store.home.glob(".drafts/*/scratch/parts/*.parquet"))) == 1
     resumed = run(config, store)
     assert resumed.manifest.digest == run(config, chain.copy(tmp_path / "calm")).manifest.digest
+
+
+def test_two_devices_give_the_digest_of_one(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(score, "UNIT", 3)
+    config = ScoreConfig(input=chain.candidates.ref, rule="regex", pattern="[n-z]")
+    stores = [chain.copy(tmp_path / name) for name in ("one", "two")]
+    one, two = (run(dataclasses.replace(config, devices=i), store) for i, store in enumerate(stores, 1))
+    assert one.manifest.digest == two.manifest.digest and one.manifest.key == two.manifest.key
+    assert (two.path / "log" / "worker-1.log").exists() and not (one.path / "log" / "worker-1.log").exists()
+    assert two.manifest.provenance["engine"] == "rules"
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_killed_run_is_resumed_to_the_same_digest(
+    devices: int, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"id": i, "prompt": f"{i}?", "answer": str(i), "responses": [f"It is {i}."] * (1 + i % 3)}
+            for i in range(200)]  # fmt: skip
+    path = write_jsonl(tmp_path / "many.jsonl", rows)
+    imported = run(GenerateConfig(prompts=str(path), sampler="file"), store)
+    shutil.copytree(store.home, tmp_path / "calm")
+    config = ScoreConfig(input=imported.ref, devices=devices)
+    parts = kill_at(9, config, store, unit=1)
+    assert 9 <= parts < 200, "killed in the middle"
+    monkeypatch.setattr(score, "UNIT", 1)
+    resumed = run(dataclasses.replace(config, devices=3 - devices), store)
+    assert resumed.manifest.digest == run(config, Store(tmp_path / "calm")).manifest.digest
+    assert [row["reward"] for row in resumed.rows()] == [1.0] * 399
+
+
+def test_reward_models_in_two_processes_give_the_digest_of_one(
+    chain: Chain, reward_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score, "UNIT", 4)
+    config = ScoreConfig(
+        input=chain.candidates.ref, scorer="reward-model", model=str(reward_model), dtype="float32", max_length=250
+    )
+    one, two = (run(dataclasses.replace(config, devices=i), chain.copy(tmp_path / str(i))) for i in (1, 2))
+    assert one.manifest.digest == two.manifest.digest
+    assert two.manifest.provenance["engine"].startswith("transformers ")
+
+
+def test_more_devices_than_there_are(chain: Chain, reward_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "visible_gpus", lambda: 2)
+    config = ScoreConfig(input=chain.candidates.ref, scorer="reward-model", model=str(reward_model), devices=3)
+    with pytest.raises(UsageError, match="--devices is 3; visible GPUs: 2") as caught:
+        run(config, chain.store)
+    assert caught.value.where == "--devices"
+
+
+def test_units_are_whole_groups() -> None:
+    ids = ["a", "a", "b", "c", "c", "c", "d", "a"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score, "UNIT", 2)
+        assert score._bounds(ids) == [0, 3, 7, 8]
+        patch.setattr(score, "UNIT", 256)
+        assert score._bounds(ids) == [0, 8]
+        assert score._bounds([]) == [0]
+
+
+def test_a_file_of_another_kind_and_a_folder_are_imported_too(store: Store, tmp_path: Path) -> None:
+    rows = [{"id": i, "prompt": f"{i}?", "answer": str(i), "response": f"It is {i}."} for i in range(3)]
+    jsonl = run(ScoreConfig(input=str(write_jsonl(tmp_path / "a.jsonl", rows))), store)
+    table = pa.Table.from_pylist([{**row, "id": str(row["id"])} for row in rows])
+    (tmp_path / "folder").mkdir()
+    pq.write_table(table, tmp_path / "folder" / "part.parquet")
+    for path in (tmp_path / "folder" / "part.parquet", tmp_path / "folder"):
+        assert run(ScoreConfig(input=str(path)), store).manifest.digest == jsonl.manifest.digest
+    with pytest.raises(UsageError, match="no such file") as caught:
+        run(ScoreConfig(input=str(tmp_path / "none.parquet")), store)
+    assert caught.value.where == "INPUT"
+
+
+@pytest.mark.parametrize(
+    ("config", "where"),
+    [
+        ({}, "--server"),
+        ({"server": ("http://127.0.0.1:9/v1",), "model": "lab"}, "--model"),
+        ({"server": ("http://127.0.0.1:9/v1",), "served_model": "m", "devices": 2}, "--devices"),
+        ({"server": ("http://127.0.0.1:9/v1",), "served_model": "m", "judge_prompt": "none.txt"}, "--judge-prompt"),
+    ],
+)
+def test_a_judge_without_what_it_needs(config: dict[str, Any], where: str, chain: Chain) -> None:
+    with pytest.raises(UsageError) as caught:
+        run(ScoreConfig(input=chain.candidates.ref, scorer="judge", **config), chain.store)
+    assert caught.value.where == where and caught.value.hint
+
+
+def test_the_content_of_the_judges_prompt_is_in_the_key(chain: Chain, tmp_path: Path) -> None:
+    file = tmp_path / "judge.txt"
+    asked: dict[str, Any] = {"scorer": "judge", "server": ("http://127.0.0.1:9/v1",), "served_model": "m"}
+
+    def key(**more: Any) -> str:
+        config = ScoreConfig(input=chain.candidates.ref, **asked, **more)
+        return launch.plan("score", config, chain.store, lambda first: None).key
+
+    told = "{prompt} {response_a} {response_b} [[A]] [[B]] "
+    file.write_text(told + "Be strict.")
+    before = key(judge_prompt=str(file))
+    shutil.copy(file, tmp_path / "copy.txt")
+    assert key(judge_prompt=str(tmp_path / "copy.txt")) == before
+    file.write_text(told + "Be kind.")
+    assert len({key(judge_prompt=str(file)), before, key()}) == 3
+
+
+def test_a_judge_is_asked_in_one_stream_and_nothing_twice(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score, "UNIT", 2)
+    monkeypatch.setattr(console, "_signal", None)
+    (tmp_path / "judge.txt").write_text("{prompt}\nA: {response_a}\nB: {response_b}\nSay [[A]] or [[B]].")
+    rows = [{"id": i, "prompt": f"Question {i}", "responses": ["good" * (1 + i), "bad", "<think>x</think>good"]}
+            for i in range(7)]  # fmt: skip
+    imported = run(GenerateConfig(prompts=str(write_jsonl(tmp_path / "r.jsonl", rows)), sampler="file"), store)
+
+    def longer(body: dict[str, Any], child: int) -> str:
+        a, b = (part.count("good") for part in body["messages"][0]["content"].split("\nB: "))
+        return "[[A]]" if a > b else "[[B]]" if b > a else "[[C]]"
+
+    def stops(call: Call) -> bool:
+        if call.number == 6:
+            console._signal = signal.SIGINT
+        return False
+
+    with StubServer(stops, say=longer) as server:
+        config = ScoreConfig(
+            input=imported.ref, scorer="judge", server=(server.url,), judge_prompt=str(tmp_path / "judge.txt"),
+            thinking="strip", concurrency=2,
+        )  # fmt: skip
+        with pytest.raises(Interrupted):
+            run(config, store)
+        console._signal = None
+        before = sum(server.asked.values())
+        made = run(config, store)
+        asked_again = sum(server.asked.values()) - len(server.asked)
+        assert before >= 6 and asked_again <= 2, "only what was in flight"
+        assert all("<think>" not in body["messages"][0]["content"] for body in server.bodies)
+        stub = made.manifest
+        assert stub.config["served_model"] == "stub", "the only one it has, and so in the key"
+    rewards = [row["reward"] for row in made.rows()]
+    assert rewards[:3] == [0.75, 0.0, 0.75] and rewards[3:6] == [1.0, 0.0, 0.5]
+    assert stub.provenance["engine"].startswith("server stub") and stub.provenance["usage"]["requests"] > 0
+    assert stub.versions == {"judge": "1"} and "judge_prompt" in stub.inputs
+    assert not (made.path / "scratch").exists()
 
 
 # The schema of published evaluation outputs: several models' responses per question, each with its writer.
