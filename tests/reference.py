@@ -181,3 +181,25 @@ def appendix_b(logits: Tensor, ref_logits: Tensor, target: Tensor, mask: Tensor,
     others_target = (1 - responses_target) / (1 - response_logp.exp().detach())
     loss = (responses_target * response_logp + others_target * other_logp_sum) * mask  # repair 3
     return -(loss.sum(-1) * label / mask.sum(-1)).mean()  # repairs 1 and 4
+
+
+def shifts(logits: Tensor, ref_logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Per-token shifts [..., T] between two models' logits [..., T, V] (paper, section 5.3; its figures give no formula).
+
+    ll: log-likelihood; z: logit of the target; lse: log-sum-exp; z3: mean absolute difference of logits over the
+    vocabulary; z4: the same after their mean difference is taken off.
+    """
+    index = target.unsqueeze(-1)
+    difference = logits - ref_logits
+    return {
+        "ll": token_logp(logits, target) - token_logp(ref_logits, target),
+        "z": difference.gather(-1, index).squeeze(-1),
+        "lse": logits.logsumexp(-1) - ref_logits.logsumexp(-1),
+        "z3": difference.abs().mean(-1),
+        "z4": (difference - difference.mean(-1, keepdim=True)).abs().mean(-1),
+    }
+
+
+def gini(values: Tensor) -> Tensor:
+    """Gini's coefficient of [n] non-negative numbers by its definition: mean |a - b| / (2 mean a)."""
+    return (values[:, None] - values[None, :]).abs().mean() / (2 * values.mean())
