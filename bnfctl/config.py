@@ -311,6 +311,18 @@ class EvalConfig:
     model: str = opt(help="Hub id, folder, train artifact or lab.", input="model", positional=True)
     tasks: tuple[str, ...] = opt(help="Tasks, separated by commas.", choices=tuple(TASKS))
     base: str | None = opt(None, help="Eval artifact of the base model: adds paired differences.", input="eval")
+    data_dir: str | None = opt(
+        None, help="Folder with the tasks' items (gsm8k.jsonl, ...) instead of the hub's.", input="data"
+    )
+    template: str | None = opt(
+        None, help="File with the prompt of gsm8k, math-l5, crux and mmlu-redux, in place of the built-in one.",
+        input="file",
+    )  # fmt: skip
+    mathverify: bool = opt(False, help="Grade gsm8k and math-l5 by math-verify too (extra math).", since_default=True)
+    crux_grader: str = opt(
+        "zeroeval-20240922", help="What decides in crux; the others are reported beside it.", since_default=True,
+        choices=("zeroeval-20240922", "zeroeval-20240801", "literal"),
+    )  # fmt: skip
     sampler: str = opt("auto", help="auto takes vllm where it is installed.", choices=("auto", "vllm", "hf"))
     limit: int | None = opt(None, help="Take the first N items of each task.", low=1)
     seed: int = opt(0, help="Run seed of tasks that sample.")

@@ -46,6 +46,10 @@ TASKS = {
     "lab-chat": "bnfctl.lab.tasks:ChatTask",
     "lab-reasoning": "bnfctl.lab.tasks:ReasoningTask",
     "lab-math": "bnfctl.lab.tasks:MathTask",
+    "gsm8k": "bnfctl.tasks.gsm8k:GSM8K",
+    "math-l5": "bnfctl.tasks.math_l5:MathL5",
+    "crux": "bnfctl.tasks.crux:Crux",
+    "mmlu-redux": "bnfctl.tasks.mmlu_redux:MMLURedux",
 }
 MODELS = {"lab": "bnfctl.lab:MODEL_PATH"}
 """Models that come with the package."""

@@ -33,6 +33,9 @@ class _LabTask:
     def grade(self, prompt: Prompt, response: str) -> Reward:
         return Reward(verify(prompt.text, response))
 
+    def aggregate(self, grades: Sequence[Reward]) -> dict[str, float | None]:
+        return {}
+
 
 class ChatTask(_LabTask):
     """Chat prompts, sampled as the quickstart samples them: the mean reward."""

@@ -7,19 +7,22 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from bnfctl import console, pool, samplers, shards, tasks
-from bnfctl.artifact import Artifact, Draft, Plan, Store
+from bnfctl.artifact import Artifact, Draft, Pinned, Plan, Store
 from bnfctl.config import EvalConfig
-from bnfctl.data.records import Candidate, Prompt
+from bnfctl.data.records import Candidate, Prompt, Reward
+from bnfctl.data.sources import pin_data
 from bnfctl.errors import BnfctlError, GateError, UsageError, nearest
 from bnfctl.machine import resolve_dtype
 from bnfctl.model.source import model_dir, pin_model
+from bnfctl.options import fields, flag_name
+from bnfctl.tables import TASKS, load
 from bnfctl.tasks import statistics
 
 STAGE, VERSION = "eval", 1
@@ -47,8 +50,8 @@ def plan(config: EvalConfig, store: Store) -> Plan:
         _parse_gate(gate, config)
     sampler = samplers.resolve(config.sampler)
     notes = (f"sampler: {sampler}",) if config.sampler == "auto" else ()
-    inputs = {"model": pin_model(config.model, store, "MODEL")}
-    versions = {name: tasks.make(name).version for name in config.tasks}
+    inputs = {"model": pin_model(config.model, store, "MODEL"), **_data(config, store)}
+    versions = {name: task.version for name, task in _tasks(config, inputs).items()}
     if config.base is not None:
         base = store.find(config.base, "eval", "--base")
         hint = f"bnfctl eval {base.manifest.config['model']} --tasks {','.join(config.tasks)}"
@@ -70,11 +73,44 @@ def plan(config: EvalConfig, store: Store) -> Plan:
     )
 
 
+def _data(config: EvalConfig, store: Store) -> dict[str, Pinned]:
+    """The items of the tasks that have some outside this package, and the template, each pinned by its content."""
+    found = {}
+    for name in config.tasks:
+        source = getattr(load(TASKS, name, "task"), "source", None)
+        if source is not None and config.data_dir is not None:
+            found[f"items-{name}"] = pin_data(str(source.local(Path(config.data_dir))), store, "--data-dir")
+        elif source is not None:
+            found[f"items-{name}"] = pin_data(source.hub, store, "--tasks", source.split)
+    if config.template is not None:
+        found["template"] = pin_data(config.template, store, "--template")
+    return found
+
+
+def _tasks(config: EvalConfig, inputs: Mapping[str, Pinned]) -> dict[str, tasks.Task]:
+    """The tasks of the config on their pinned data; UsageError for a flag that none of them knows."""
+    given = {name: getattr(config, name) for name in ("data_dir", "template", "mathverify", "crux_grader")}
+    for field in fields(config):
+        known = any(field.name in tasks.takes(name) for name in config.tasks)
+        if field.name in given and given[field.name] != field.default and not known:
+            what = f"{flag_name(field.name)} changes nothing here: no task of {', '.join(config.tasks)} takes it"
+            raise UsageError(what, where=flag_name(field.name), hint="leave it out")
+    if config.template is not None:
+        given["template"] = Path(config.template)
+    made = {}
+    for name in config.tasks:
+        items = inputs.get(f"items-{name}")
+        place = Path(items.path) if items is not None and items.path is not None else None
+        options = {**given, "data_dir": place, "pinned": items, "model": config.model}
+        made[name] = tasks.make(name, options)
+    return made
+
+
 def run(config: EvalConfig, draft: Draft) -> dict[str, Any]:
     """Write one row per item; returns mean, interval and gain per task."""
     folder = model_dir(draft.inputs["model"])
     runner = _Runner(config, folder, draft)
-    found = [tasks.make(name) for name in config.tasks]
+    found = list(_tasks(config, draft.inputs).values())
     items = {task.name: task.requests(config.limit) for task in found}
     parts = shards.Parts(draft.scratch / "parts", SCHEMA)
     done, first = parts.done(), 0
@@ -92,7 +128,7 @@ def run(config: EvalConfig, draft: Draft) -> dict[str, Any]:
             first += len(chunks)
     parts.publish(draft.path / "rows")
     base = draft.artifact("base") if "base" in draft.inputs else None
-    rows = list(shards.read_rows(draft.path / "rows", ["task", "item_id", "tokens", "grade"]))
+    rows = list(shards.read_rows(draft.path / "rows", ["task", "item_id", "tokens", "grade", "extra"]))
     return {"tasks": {task.name: _aggregate(task, rows, base) for task in found}}
 
 
@@ -148,10 +184,12 @@ def _aggregate(task: tasks.Task, rows: list[dict[str, Any]], base: Artifact | No
             f"{task.name}: no item could be graded", hint="bnfctl show of the rows tells what was answered"
         )
     interval = statistics.wilson if task.binary else statistics.mean_interval
+    details = [Reward(row["grade"], json.loads(row["extra"] or "{}")) for row in mine if row["grade"] is not None]
     result = {
         "version": task.version,
         "ungraded": len(mine) - len(grades),
         "tokens": round(sum(row["tokens"] for row in mine) / len(mine), 2),
+        **task.aggregate(details),
         **dataclasses.asdict(within_0_and_1(interval(list(grades.values())))),
     }
     if base is None:
@@ -210,16 +248,15 @@ def check(config: EvalConfig, artifact: Artifact) -> None:
 
 def table_of(artifact: Artifact) -> str:
     """The result as a table for people: mean, interval, gain."""
-    rows = []
-    for name, r in artifact.manifest.summary["tasks"].items():
+    results, rows = artifact.manifest.summary["tasks"], []
+    compared = ["base", "gain", "95 % of the gain"] if any("gain" in r for r in results.values()) else []
+    unanswered = ["no answer"] if any("no_answer" in r for r in results.values()) else []
+    for name, r in results.items():
         cells = [name, r["n"], f"{r['mean']:.3f}", f"[{r['low']:.3f}, {r['high']:.3f}]"]
         if "gain" in r:
             cells += [f"{r['base_mean']:.3f}", f"{r['gain']:+.3f}", f"[{r['gain_low']:+.3f}, {r['gain_high']:+.3f}]"]
-        rows.append([*cells, r["tokens"]])
-    compared = ["base", "gain", "95 % of the gain"] if any("gain" in r for r in _results(artifact)) else []
-    columns = ["task", "n", "mean", "95 %", *compared, "tokens"]
+        elif compared:
+            cells += ["", "", ""]
+        rows.append([*cells, r["tokens"], *(f"{r['no_answer']:.1%}" if "no_answer" in r else "" for _ in unanswered)])
+    columns = ["task", "n", "mean", "95 %", *compared, "tokens", *unanswered]
     return console.table(artifact.manifest.config["model"], columns, rows, right=range(1, len(columns)))
-
-
-def _results(artifact: Artifact) -> list[dict[str, Any]]:
-    return list(artifact.manifest.summary["tasks"].values())

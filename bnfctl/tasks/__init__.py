@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from bnfctl.data.records import Prompt, Reward
 from bnfctl.tables import TASKS, load
@@ -35,8 +36,17 @@ class Task(Protocol):
     def grade(self, prompt: Prompt, response: str) -> Reward:
         """A grade in [0, 1]; None where the item cannot be graded."""
 
+    def aggregate(self, grades: Sequence[Reward]) -> dict[str, float | None]:
+        """Figures beyond the mean of the grades, by name."""
 
-def make(name: str) -> Task:
-    """The task of that name, from the table."""
-    task: Task = load(TASKS, name, "task")()
+
+def takes(name: str) -> set[str]:
+    """The options that a task knows, by the names of its constructor's parameters."""
+    return set(inspect.signature(load(TASKS, name, "task")).parameters)
+
+
+def make(name: str, options: Mapping[str, Any] | None = None) -> Task:
+    """The task of that name, from the table, with those of the options that it knows."""
+    known = {option: value for option, value in (options or {}).items() if option in takes(name)}
+    task: Task = load(TASKS, name, "task")(**known)
     return task

@@ -75,15 +75,15 @@ class Crux(ZeroEvalTask):
         pinned: Pinned | None = None,
         template: Path | None = None,
         model: str = "",
-        grader: str = "zeroeval-20240922",
+        crux_grader: str = "zeroeval-20240922",
     ) -> None:
-        """grader: one of GRADERS; UsageError for another."""
+        """crux_grader: one of GRADERS; UsageError for another."""
         super().__init__(data_dir, pinned=pinned, template=template, model=model)
-        if grader not in GRADERS:
-            what = f"no grader '{grader}'{nearest(grader, GRADERS)}"
+        if crux_grader not in GRADERS:
+            what = f"no grader '{crux_grader}'{nearest(crux_grader, GRADERS)}"
             raise UsageError(what, where="--crux-grader", hint=f"one of {', '.join(GRADERS)}")
-        self.grader = grader
-        self.version += f", {grader}"
+        self.grader = crux_grader
+        self.version += f", {crux_grader}"
 
     def item(self, row: dict[str, Any], index: int, where: str) -> Item:
         """Of ZeroEval's rows (question, answer), or of CRUXEval's own (code, input, output)."""

@@ -7,7 +7,7 @@ Rows that carry the item's own columns (question and answer) need no data set; f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from bnfctl.errors import UsageError, nearest
 from bnfctl.tasks.items import read_file
 from bnfctl.tasks.zeroeval import ZeroEvalTask
 
-IDS = ("id", "item_id", "prompt_id", "session_id")
+IDS = ("id", "item_id", "prompt_id", "session_id", "question_id", "uid")
 RESPONSES = ("output", "response", "responses", "text")
 
 
@@ -44,8 +44,8 @@ def read_answers(path: Path, task: ZeroEvalTask) -> Iterator[Answered]:
         item = _own_item(row, index, where, task)
         if item is None:
             items = items or {item.id: item for item in task.requests(None)}
-            item = _known_item(row, where, items, task)
-        for model, response in _responses(row, where):
+            item = known_item(row, where, items, task.name)
+        for model, response in responses_in(row, where):
             answered = Answered(item, response, model or path.stem, where)
             earlier = seen.setdefault((answered.model, item.id), where)
             if earlier != where:
@@ -71,29 +71,31 @@ def regrade(path: Path, task: ZeroEvalTask) -> dict[str, list[tuple[Answered, Re
 
 def _own_item(row: dict[str, Any], index: int, where: str, task: ZeroEvalTask) -> Prompt | None:
     """The item that the row itself holds, or None."""
-    item_id = _id(row)
+    item_id = id_in(row)
     if item_id is None or not all(any(name in row for name in names) for names in task.columns):
         return None
     return task.prompt(task.item({**row, "id": item_id}, index, where))
 
 
-def _id(row: dict[str, Any]) -> str | None:
+def id_in(row: dict[str, Any]) -> str | None:
+    """The item's id in a row of any schema, or None."""
     return next((str(row[name]) for name in IDS if row.get(name) is not None), None)
 
 
-def _known_item(row: dict[str, Any], where: str, items: dict[str, Prompt], task: ZeroEvalTask) -> Prompt:
-    item_id = _id(row)
+def known_item(row: dict[str, Any], where: str, items: Mapping[str, Prompt], task: str) -> Prompt:
+    """The item of that name's task whose id the row has; UsageError where it has none, or another one."""
+    item_id = id_in(row)
     if item_id is None:
         raise UsageError("no id", where=where, hint=f"give each row one in {IDS[0]}; columns here: {', '.join(row)}")
     if item_id not in items:
         raise UsageError(
-            f"{task.name} has no item '{item_id}'{nearest(item_id, items)}", where=where,
+            f"{task} has no item '{item_id}'{nearest(item_id, items)}", where=where,
             hint="an id of the task's data set",
         )  # fmt: skip
     return items[item_id]
 
 
-def _responses(row: dict[str, Any], where: str) -> list[tuple[str, str]]:
+def responses_in(row: dict[str, Any], where: str) -> list[tuple[str, str]]:
     """(model or "", text) of each response in a row."""
     value = next((row[name] for name in RESPONSES if row.get(name) is not None), None)
     model = next((row[name] for name in ("generator", "model") if isinstance(row.get(name), str)), "")

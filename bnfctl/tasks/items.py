@@ -67,7 +67,7 @@ def read_items(source: Source, data_dir: Path | None, pinned: Pinned | None) -> 
         if len(rows) != source.rows:
             console.say(f"{place}: {len(rows)} items; the published set has {source.rows}, so figures don't compare")
         return rows
-    pinned = pinned or _current(source)
+    pinned = pinned or current(source)
     rows = list(read_rows(pinned, source.split, source.subset))
     if len(rows) != source.rows:
         raise UsageError(
@@ -77,7 +77,8 @@ def read_items(source: Source, data_dir: Path | None, pinned: Pinned | None) -> 
     return rows
 
 
-def _current(source: Source) -> Pinned:
+def current(source: Source) -> Pinned:
+    """The hub's data set at its newest commit, or the cached one; UsageError where there is neither."""
     commit, why = hub.commit_of(source.hub, "dataset")
     if commit is None:
         hint = f"--data-dir FOLDER with {source.names[0]}.jsonl in it"

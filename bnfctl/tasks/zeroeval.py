@@ -211,7 +211,7 @@ class ZeroEvalTask(ABC):
         UsageError for a template without its places.
         """
         self.data_dir, self.pinned, self.model = data_dir, pinned, model
-        self.version = VERSION
+        self.version = VERSION + (", boxed" if _boxes(model) else "")
         self.layout_used = self.layout
         if template is not None:
             self.layout_used = load_template(template, self.original, self.layout)
@@ -244,7 +244,7 @@ class ZeroEvalTask(ABC):
 
         A response without an answer is 0.  model: who wrote it, where that is another one than the task's.
         """
-        boxed = "Llama-3.1" in (self.model if model is None else model)
+        boxed = _boxes(self.model if model is None else model)
         parsed = parse(response, boxed=boxed, empty_is_none=self.empty_is_none)
         right, also = self.grade_answer(prompt, parsed)
         extra: dict[str, Any] = {
@@ -276,6 +276,11 @@ class ZeroEvalTask(ABC):
         parts = {"question": item.question, "choices": choices}
         text = re.sub(r"\{(question|choices)\}", lambda place: parts[place[1]], self.layout_used)
         return Prompt(item.id, ({"role": "user", "content": text},), item.answer, item.where)
+
+
+def _boxes(model: str) -> bool:
+    """Whether ZeroEval takes a boxed answer from the model of that name."""
+    return "Llama-3.1" in model
 
 
 def load_template(path: Path, name: str, layout: str) -> str:

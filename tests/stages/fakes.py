@@ -20,6 +20,10 @@ class Length:
     def grade(self, prompt: Prompt, response: str) -> Reward:
         return Reward(None if prompt.id == "item-0" else min(len(response), 16) / 16, {"characters": len(response)})
 
+    def aggregate(self, grades: Sequence[Reward]) -> dict[str, float | None]:
+        lengths = [grade.extra["characters"] for grade in grades if grade.extra]
+        return {"characters": sum(lengths) / len(lengths)} if lengths else {}
+
 
 class Always(Length):
     """Every response is right."""

@@ -207,3 +207,63 @@ def test_a_copy_of_the_model_is_cached_and_another_seed_is_not(policy: Path, sto
     shutil.copytree(policy, tmp_path / "copy")
     assert launch.execute("eval", asked(tmp_path / "copy", "length"), store).artifact.path == made.path
     assert run(asked(policy, "length", seed=1), store).manifest.digest != made.manifest.digest
+
+
+GSM8K = [{"id": f"gsm8k-main-test-#{i}", "question": f"How many apples are {i} and 1?", "answer": f"# {i + 1}"}
+         for i in range(3)]  # fmt: skip
+CRUX = [{"id": f"crux-test-#{i}", "question": f"assert f({i}) == ??", "answer": f"'{i}'"} for i in range(3)]
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> Path:
+    folder = tmp_path / "items"
+    folder.mkdir()
+    for name, rows in (("gsm8k", GSM8K), ("crux", CRUX)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_benchmark_on_a_folder_of_items(policy: Path, store: Store, items: Path) -> None:
+    short = items / "prompt.txt"  # the built-in prompt does not fit the tiny model
+    short.write_text("{question}")
+    config = asked(policy, "gsm8k", "crux", data_dir=str(items), mathverify=True, template=str(short))
+    made = run(config, store)
+    results = made.manifest.summary["tasks"]
+    assert results["gsm8k"]["n"] == results["crux"]["n"] == 3
+    assert {"no_answer", "reasoning_characters", "acc_mathverify"} <= set(results["gsm8k"])
+    assert {"acc_literal", "acc_zeroeval-20240801"} <= set(results["crux"])
+    assert "math-verify" in results["gsm8k"]["version"] and "math-verify" not in results["crux"]["version"]
+    assert "no answer" in eval_stage.table_of(made)
+    with (items / "crux.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "crux-test-#3", "question": "assert f() == ??", "answer": "1"}) + "\n")
+    again = run(config, store)
+    assert again.manifest.key != made.manifest.key and again.manifest.summary["tasks"]["crux"]["n"] == 4
+
+
+def test_the_grader_and_the_template_are_in_the_key(policy: Path, store: Store, items: Path, tmp_path: Path) -> None:
+    def key(**changes: Any) -> str:
+        return str(eval_stage.plan(asked(policy, "crux", data_dir=str(items), **changes), store).key)
+
+    template = tmp_path / "prompt.txt"
+    template.write_text("Q: {question} Reply in JSON.")
+    first = key(template=str(template))
+    assert len({key(), key(crux_grader="literal"), first}) == 3
+    template.write_text("Question: {question} Reply in JSON.")
+    assert key(template=str(template)) != first
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "what"),
+    [
+        ("crux", {"mathverify": True}, "--mathverify changes nothing here"),
+        ("lab-math", {"crux_grader": "literal"}, "--crux-grader changes nothing here"),
+        ("gsm8k", {"data_dir": "."}, "no gsm8k.jsonl or gsm.jsonl"),
+        ("crux", {"template": "missing.txt", "data_dir": "ITEMS"}, "no such file"),
+    ],
+)
+def test_flags_of_tasks_are_checked_before_anything_runs(
+    policy: Path, store: Store, items: Path, task: str, changes: dict[str, Any], what: str
+) -> None:
+    given = {name: str(items) if value == "ITEMS" else value for name, value in changes.items()}
+    with pytest.raises(UsageError, match=what):
+        eval_stage.plan(asked(policy, task, **given), store)

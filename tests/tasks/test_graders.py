@@ -98,7 +98,7 @@ def test_of_equal_choices_the_first_is_the_right_one() -> None:
 def test_crux_graders(answer: Any, gold: str, first: bool, second: bool, literal: bool) -> None:
     expected = {"zeroeval-20240801": first, "zeroeval-20240922": second, "literal": literal}
     for name in GRADERS:
-        right, others = Crux(grader=name).grade_answer(item(gold), parsed(answer))
+        right, others = Crux(crux_grader=name).grade_answer(item(gold), parsed(answer))
         assert {name: right, **others} == expected
 
 
@@ -107,9 +107,9 @@ def test_an_unparsed_response_is_wrong_even_where_nothing_is_the_known_answer() 
 
 
 def test_the_grader_is_named_and_part_of_the_version() -> None:
-    assert len({Crux(grader=name).version for name in GRADERS}) == len(GRADERS)
+    assert len({Crux(crux_grader=name).version for name in GRADERS}) == len(GRADERS)
     with pytest.raises(UsageError, match="no grader 'literals' \\(did you mean 'literal'") as caught:
-        Crux(grader="literals")
+        Crux(crux_grader="literals")
     assert "zeroeval-20240801" in str(caught.value.hint)
 
 
