@@ -42,7 +42,7 @@ class Pinned:
     """An input that can't change unnoticed: an artifact, a model or a data set, with its digest."""
 
     kind: str
-    """ "artifact", "folder", "file", "hub-model", "hub-data" or "lab"."""
+    """ "artifact", "folder", "file", "hub-model", "hub-data", "lab", or "server" where none says its model."""
     ref: str
     """What was asked for, resolved as far as it can be: an artifact's stage/key, a path, name@commit."""
     digest: str | None
@@ -69,8 +69,10 @@ class Plan:
         return [pinned for pinned in self.inputs.values() if pinned.digest is None]
 
     def require_resolved(self, where: str) -> None:
-        """UsageError where an input could not be pinned."""
+        """UsageError where an input could not be pinned, BnfctlError where no server answered."""
         for pinned in self.unresolved:
+            if pinned.kind == "server":
+                raise BnfctlError(str(pinned.why), where=pinned.ref, hint="is it up?  The same command resumes")
             hint = "bnfctl doctor checks the hub access; a folder or a file works without it"
             raise UsageError(f"could not resolve {pinned.ref}: {pinned.why}", where=where, hint=hint)
 

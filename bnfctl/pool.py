@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ from bnfctl import console, machine
 from bnfctl.errors import BnfctlError, UsageError
 
 _POLL_SECONDS = 0.5
+_LEAVING_SECONDS = 60.0
+"""For an engine to end in peace, once all is saved."""
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 class Work(Protocol):
@@ -56,6 +60,8 @@ class Job:
     gpus_each: int = 1
     threads: int = 1
     """CPU threads of each worker, unless OMP_NUM_THREADS says otherwise."""
+    apart: bool = False
+    """Also a single one is a worker: its work has processes of its own (an engine on a GPU), which outlive it else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +106,7 @@ def until_stop(units: Iterable[Any]) -> Iterator[Any]:
 
 def run(job: Job, units: Iterable[int]) -> Iterator[Done]:
     """Do the units, in any order; raises Interrupted when a stop was asked for and all that had begun is saved."""
-    if job.workers > 1:
+    if job.workers > 1 or job.apart:
         yield from _Crew(job).run(until_stop(units))
     else:
         work = _load(job.work, job.request)
@@ -130,6 +136,13 @@ class _Worker:
     """The beginning of a line."""
     units: set[int] = field(default_factory=set)
     """What it is at."""
+    last_heard: float = 0.0
+
+    @property
+    def gone(self) -> bool:
+        """Whether there is nothing more to hear: it is dead, or hangs behind its last word."""
+        ended = self.failed is not None or (self.sent_home and not self.units)
+        return self.process.poll() is not None or (ended and time.monotonic() > self.last_heard + _LEAVING_SECONDS)
 
 
 class _Crew:
@@ -148,9 +161,12 @@ class _Crew:
                     assert worker.process.stdout is not None
                     selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
                 while selector.get_map():
-                    for key, _ in selector.select(_POLL_SECONDS):
+                    # A dead worker's pipe may stay open for ever, in the hands of the engine that it forked.
+                    gone = [key for key in selector.get_map().values() if key.data.gone]
+                    ready = {key.fd: key for key, _ in selector.select(0 if gone else _POLL_SECONDS)}
+                    for key in [*ready.values(), *(key for key in gone if key.fd not in ready)]:
                         worker = key.data
-                        data = os.read(key.fd, 1 << 16)
+                        data = os.read(key.fd, 1 << 16) if key.fd in ready else b""
                         if not data:
                             selector.unregister(key.fileobj)
                             self._left(worker)
@@ -182,6 +198,7 @@ class _Crew:
             worker.process.stdin.flush()
 
     def _heard(self, worker: _Worker, message: dict[str, Any], units: Iterator[int]) -> Iterator[Done]:
+        worker.last_heard = time.monotonic()
         if "want" in message:
             unit = next(units, None)
             if unit is None:
@@ -197,19 +214,26 @@ class _Crew:
 
     def _left(self, worker: _Worker) -> None:
         """Its end: BnfctlError unless all that it had begun is saved and it was sent home, or a stop is under way."""
-        code = worker.process.wait()
-        if worker.failed is None and code == 0 and not worker.units and (worker.sent_home or console.stop_requested()):
+        said = worker.failed
+        if said is None and worker.sent_home and not worker.units:
+            return  # however it ends
+        code = worker.process.wait() if said is None else said["exit_code"]
+        if said is None and code == 0 and not worker.units and console.stop_requested():
             return
-        if worker.failed is None:
+        if said is None or code in _STOPPED:
             console.check_stop()
-        name, log = f"worker {worker.number}", self._log(worker.number) if worker.number else None
-        raise _failure(name, worker.failed, code, f"log: {log}" if log else None)
+        places = [f"log: {self._log(worker.number)}"] if worker.number else []
+        if said is not None and said.get("traceback"):
+            places.insert(0, str(self.job.log / "traceback.txt"))
+            with contextlib.suppress(OSError):
+                (self.job.log / "traceback.txt").write_text(said["traceback"], encoding="utf-8")
+        raise _failure(f"worker {worker.number}", said, code, places)
 
     def _log(self, number: int) -> Path:
         return self.job.log / f"worker-{number}.log"
 
 
-def _failure(name: str, said: dict[str, Any] | None, code: int, log: str | None) -> Exception:
+def _failure(name: str, said: dict[str, Any] | None, code: int, places: list[str]) -> Exception:
     if said is None:
         what, hint = f"{name} ended with exit code {code}", "the same command resumes"
         if code < 0:
@@ -218,13 +242,11 @@ def _failure(name: str, said: dict[str, Any] | None, code: int, log: str | None)
             hint = "if nobody killed it, the machine ran out of memory; the same command resumes"
         if code == 0:
             what = f"{name} was asked to stop"
-        return BnfctlError(what, where=log, hint=hint)
+        return BnfctlError(what, where="; ".join(places) or None, hint=hint)
     what = f"{said['error']} ({name})"
     if said.get("errno") is not None:
         return OSError(said["errno"], what)  # a full disk, say: told as if it had happened here
-    error = BnfctlError(
-        what, where="; ".join(place for place in (said["where"], log) if place) or None, hint=said["hint"]
-    )
+    error = BnfctlError(what, where="; ".join(filter(None, [said["where"], *places])) or None, hint=said["hint"])
     error.exit_code = said["exit_code"]
     return error
 
@@ -240,10 +262,12 @@ def _share_of_gpus(number: int, each: int) -> dict[str, str]:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a worker with all that it has started (an engine has processes of its own); its finished parts are safe."""
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+    """End a worker with all that it has started; its finished parts are safe.
+
+    Also where it is dead already: an engine has processes of its own, and they keep the GPU's memory.
+    """
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
@@ -292,10 +316,10 @@ def _main() -> int:
         _say({"failed": error.as_dict()})
         return error.exit_code
     except Exception as error:
-        traceback.print_exc()
         hint = "a smaller --batch-tokens or --chunk" if "out of memory" in str(error).lower() else None
         _say({"failed": {"error": f"{type(error).__name__}: {error}", "errno": getattr(error, "errno", None),
-                         "where": None, "hint": hint or "the same command resumes", "exit_code": 1}})  # fmt: skip
+                         "where": None, "hint": hint or "the same command resumes", "exit_code": 1,
+                         "traceback": traceback.format_exc()}})  # fmt: skip
         return 1
 
 

@@ -31,6 +31,12 @@ class Writing:
                 os.kill(os.getpid(), signal.SIGKILL)
             if how == "exit":
                 os._exit(7)
+            if how == "leave an engine":
+                if (engine := os.fork()) == 0:
+                    time.sleep(600)
+                    os._exit(0)
+                durable.write_bytes(self.folder / "engine", str(engine).encode())
+                os.kill(os.getpid(), signal.SIGKILL)
             if how == "raise":
                 raise ValueError("out of ink")
             if how == "full":
@@ -42,3 +48,5 @@ class Writing:
             durable.write_bytes(self.folder / str(unit), " ".join(map(str, seen)).encode())
             print("it prints at every unit, too")
             yield unit, 2, 10 * unit
+        if self.request.get("hang"):
+            time.sleep(600)

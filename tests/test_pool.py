@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -95,6 +96,34 @@ def test_a_worker_that_fails_ends_all_and_what_is_done_stays(how: str, what: str
     assert not any(alive(int(pid)) for pid, _, _ in written(tmp_path).values())
     if "worker 1" in caught.value.what:
         assert f"log: {tmp_path}/worker-1.log" in (caught.value.where or "")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_engine_of_a_worker_that_was_killed_is_ended_too(workers: int, tmp_path: Path) -> None:
+    one = dataclasses.replace(job(tmp_path, workers, at={"3": "leave an engine"}), apart=True)
+    started = time.monotonic()
+    with pytest.raises(BnfctlError, match="was ended by SIGKILL"):
+        list(pool.run(one, range(100)))
+    assert time.monotonic() < started + 60, "the engine holds the worker's pipe open"
+    engine = int((tmp_path / "parts" / "engine").read_text())
+    deadline = time.monotonic() + 10
+    while alive(engine):
+        assert time.monotonic() < deadline, "the engine keeps the GPU's memory"
+        time.sleep(0.05)
+
+
+def test_a_worker_that_hangs_when_all_is_saved_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_LEAVING_SECONDS", 0.2)
+    assert len(list(pool.run(job(tmp_path, hang=True), range(5)))) == 5
+    assert not any(alive(int(pid)) for pid, _, _ in written(tmp_path).values())
+
+
+def test_a_fault_of_a_worker_has_its_traceback_in_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BnfctlError, match="out of ink") as caught:
+        list(pool.run(job(tmp_path, at={"1": "raise"}), range(4)))
+    path = tmp_path / "traceback.txt"
+    assert 'raise ValueError("out of ink")' in path.read_text()
+    assert str(path) in (caught.value.where or "") and "Traceback" not in capfd.readouterr().err
 
 
 def test_an_error_of_ours_keeps_its_exit_code_and_its_hint(tmp_path: Path) -> None:

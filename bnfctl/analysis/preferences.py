@@ -85,7 +85,8 @@ def _batches(paths: Sequence[Path], columns: list[str]) -> Iterator[pa.RecordBat
 def _rewards(batch: pa.RecordBatch) -> Iterator[tuple[str, Numbers, Numbers]]:
     """(side, its known rewards, margins of the pairs whose rewards are known: with the first side only)."""
     chosen, rejected = (batch[f"{side}_reward"].to_numpy(zero_copy_only=False).astype(float) for side in SIDES)
-    gap = chosen - rejected
+    with np.errstate(over="ignore"):
+        gap = chosen - rejected
     yield "chosen", chosen[np.isfinite(chosen)], gap[np.isfinite(gap)]
     yield "rejected", rejected[np.isfinite(rejected)], gap[:0]
 
@@ -107,15 +108,21 @@ class Histogram:
         if len(self._distinct) <= BINS:
             self._distinct.update(np.unique(values)[: BINS + 1].tolist())
         count, total = self._totals[name]
-        self._totals[name] = count + len(values), total + values.sum().item()
+        with np.errstate(over="ignore"):
+            self._totals[name] = count + len(values), total + values.sum().item()
 
     def add(self, name: str, values: Numbers) -> None:
         """Second pass: the counts."""
         if len(self._distinct) <= BINS:
             place = np.searchsorted(sorted(self._distinct), values)
         else:
-            place = np.minimum((values - self._low) / (self._high - self._low) * BINS, BINS - 1).astype(np.int64)
+            place = np.searchsorted(self._edges()[1:-1], values, side="right")
         self._counts[name] = self._counts[name] + np.bincount(place, minlength=BINS)
+
+    def _edges(self) -> Numbers:
+        """[BINS + 1]"""
+        share = np.linspace(0, 1, BINS + 1)
+        return self._low * (1 - share) + self._high * share  # no difference, which may overflow
 
     def document(self) -> dict[str, Any] | None:
         """Bins as [low, high], the last one with its end; None where there is no number."""
@@ -124,10 +131,10 @@ class Histogram:
         if len(self._distinct) <= BINS:
             bins = [[value, value] for value in sorted(self._distinct)]
         else:
-            edges = np.linspace(self._low, self._high, BINS + 1).tolist()
-            bins = [list(edge) for edge in pairwise(edges)]
+            bins = [list(edge) for edge in pairwise(self._edges().tolist())]
         counts = {name: found[: len(bins)].tolist() for name, found in self._counts.items()}
-        means = {name: total / count if count else None for name, (count, total) in self._totals.items()}
+        means = {name: total / count if count and math.isfinite(total) else None
+                 for name, (count, total) in self._totals.items()}  # fmt: skip
         return {"bins": bins, "counts": counts, "means": means}
 
 

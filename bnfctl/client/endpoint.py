@@ -13,6 +13,7 @@ from bnfctl.client.answers import Answers
 from bnfctl.client.network import POLL, Network, Settings
 from bnfctl.client.requests import Known, Request
 from bnfctl.client.servers import Backoff, Servers, api_key, check_urls
+from bnfctl.errors import BnfctlError
 
 _END = object()
 
@@ -25,13 +26,16 @@ class Client:
 
     def __init__(
         self, urls: Sequence[str], *, concurrency: int, timeout: float, retries: int, api_key_env: str,
-        answers: Path | None, backoff: Backoff | None = None,
+        answers: Path | None, backoff: Backoff | None = None, max_calls: int | None = None,
     ) -> None:  # fmt: skip
-        """timeout: seconds for one whole answer.  retries: tries after the first.  answers: None keeps none."""
+        """timeout: seconds for one whole answer.  retries: tries after the first.  answers: None keeps none.
+
+        max_calls: requests that may be asked in all, those answered from the file not counted.
+        """
         self.urls = check_urls(urls)
         self.concurrency = concurrency
         self.usage = dict.fromkeys(("requests", "cached", "retries", "prompt_tokens", "completion_tokens"), 0)
-        self._answers = answers
+        self._answers, self._max_calls = answers, max_calls
         servers = Servers(self.urls, concurrency, backoff or Backoff())
         self._settings = Settings(servers, concurrency, timeout, retries, api_key(api_key_env), self.usage)
 
@@ -40,9 +44,10 @@ class Client:
 
         requests: pulled when there is room, in the caller's thread, so it may depend on the answers so far: None
         means "nothing before the next answer".  Raises BnfctlError for a request that was refused, or that failed
-        more than `retries` times, and Interrupted; all answers so far are kept.
+        more than `retries` times, and Interrupted; all answers so far are kept.  Where `max_calls` are made, it hands out
+        what is in flight and raises BnfctlError.
         """
-        source, waiting, ended = iter(requests), dict[str, list[Any]](), False
+        source, waiting, ended, spent = iter(requests), dict[str, list[Any]](), False, False
         with ExitStack() as stack:
             answers = stack.enter_context(Answers(self._answers)) if self._answers is not None else None
             network = stack.enter_context(Network(self._settings, answers))
@@ -61,6 +66,9 @@ class Client:
                     elif answers is not None and (found := answers.get(key)) is not None:
                         self._count(found, "cached")
                         yield request.tag, found
+                    elif self._max_calls is not None and self.usage["requests"] + len(waiting) >= self._max_calls:
+                        ended = spent = True
+                        break
                     else:
                         waiting[key] = [request.tag]
                         network.call(request, key)
@@ -70,6 +78,11 @@ class Client:
                     self._count(answer, "requests")
                     for tag in waiting.pop(key):
                         yield tag, answer
+        if spent:
+            raise BnfctlError(
+                f"{self._max_calls} calls were made, as many as may be", where="--max-calls",
+                hint="a higher --max-calls goes on where this one stopped",
+            )  # fmt: skip
 
     def fetch(self, url: str, body: dict[str, Any] | None = None, tries: int = 1) -> dict[str, Any] | None:
         """The JSON object at a full URL (POST where there is a body), or None where there is no such path.

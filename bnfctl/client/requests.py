@@ -18,7 +18,11 @@ VLLM_NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_p
 """vLLM fills in what a request leaves out from the model's generation config, which must not leak into ours."""
 
 
-_TOO_LONG = re.compile(r"context|max_tokens|token limit|too long|too large|too many tokens|413", re.IGNORECASE)
+_TOO_LONG = re.compile(
+    r"^413\b|context|max_tokens|token limit|maximum number of tokens|too long|too large|too many tokens", re.IGNORECASE
+)
+_UNKNOWN = re.compile(r"unsupported|not supported|unrecognized|unknown|not permitted", re.IGNORECASE)
+"""Of a refusal that is about a parameter as such: some servers know no max_tokens, whatever the length."""
 
 
 class MalformedError(Exception):
@@ -60,7 +64,7 @@ def hashed_seed(*what: Any) -> int:
 
 def too_long(refusal: str) -> bool:
     """Whether a server refuses a request for its length (each engine has its own words for it)."""
-    return _TOO_LONG.search(refusal) is not None
+    return _TOO_LONG.search(refusal) is not None and _UNKNOWN.search(refusal) is None
 
 
 def read_chat(answer: dict[str, Any]) -> dict[str, Any]:

@@ -82,19 +82,23 @@ def export(artifact: Artifact, path: Path, layout: str, force: bool) -> Export:
     if layout not in SCHEMAS:
         what = f"unknown format '{layout}'{nearest(layout, SCHEMAS)}"
         raise UsageError(what, where="--format", hint=f"one of: {', '.join(SCHEMAS)}")
-    path = path.expanduser().absolute()
+    path = path.expanduser().resolve()  # neither a ".." nor a link leads into the store
     ending = path.suffix.lower()
     if ending in FILE_ENDINGS and ending not in (".parquet", ".jsonl"):
         raise UsageError(f"cannot write {ending}", where="PATH", hint="FILE.parquet, FILE.jsonl or a folder")
-    _check_free(path, artifact.path.parent.parent, force)
+    _check_free(path, artifact.path.resolve().parent.parent, force)
     counts: Counter[str] = Counter()
     rows = _rows(artifact, layout, counts)
-    if ending == ".parquet":
-        durable.write_file(path, lambda temporary: _write_parquet(temporary, rows, layout))
-    elif ending == ".jsonl":
-        durable.write_file(path, lambda temporary: _write_lines(temporary, rows))
-    else:
-        _write_folder(path, rows, layout)
+    try:
+        if ending == ".parquet":
+            durable.write_file(path, lambda temporary: _write_parquet(temporary, rows, layout))
+        elif ending == ".jsonl":
+            durable.write_file(path, lambda temporary: _write_lines(temporary, rows))
+        else:
+            _write_folder(path, rows, layout)
+    except OSError as error:  # pyarrow's does not say which file
+        hint = "check the path, its permissions and the free disk"
+        raise BnfctlError(f"cannot write: {error.strerror or error}", where=str(path), hint=hint) from error
     skipped = counts.pop("skipped", 0)
     return Export(str(path), counts.total(), dict(sorted(counts.items(), reverse=True)), skipped)
 
@@ -194,6 +198,10 @@ def _write_folder(folder: Path, rows: Iterable[dict[str, Any]], layout: str) -> 
         if folder.exists():
             durable.rename(folder, old)
         durable.rename(made, folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
     finally:
         shutil.rmtree(made, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -12,6 +12,9 @@ _OF_RULES = {
     "top_k": "top-bottom", "good": "threshold", "bad": "threshold", "scope": "threshold", "length_balance": "best-worst",
 }  # fmt: skip
 _OF_PAIRS = ("pairing_ratio", "min_margin", "max_margin", "min_edit", "length_balance")
+_OF_THE_OTHER = {
+    "preference": ("response_column", "label_column"), "unpaired": ("chosen_column", "rejected_column"),
+}  # fmt: skip
 _OF_SCORES = ("also", "weights", "combine", "filter", "filter_min", "filter_max", "choose", "top_k", "good", "bad", "scope",
               "length_balance")  # fmt: skip
 _OF_SETS = ("split", "subset", "format", "prompt_column", "chosen_column", "rejected_column", "response_column",
@@ -31,8 +34,20 @@ def check(config: BuildConfig, scored: bool) -> None:
         _refuse(config, _OF_SCORES, "needs scores, not a set that is read")
         if config.format == "unpaired":
             _refuse(config, _OF_PAIRS, "is about pairs; --format unpaired has none")
+        if config.format != "auto":
+            check_columns(config, config.format)
     _check_order("--min-margin", config.min_margin, "--max-margin", config.max_margin, equal=False)
     _check_order("--min-chars", config.min_chars, "--max-chars", config.max_chars)
+
+
+def check_columns(config: BuildConfig, kind: str) -> None:
+    """UsageError for a column that a set of this kind, "preference" or "unpaired", has no use for."""
+    _refuse(config, _OF_THE_OTHER[kind], f"is for another kind of set: this one is {kind}")
+
+
+def check_no_pairs(config: BuildConfig) -> None:
+    """UsageError for what needs pairs, once a set turns out to have none."""
+    _refuse(config, _OF_PAIRS, "is about pairs, and this set has single responses")
 
 
 def _check_scorers(config: BuildConfig) -> None:

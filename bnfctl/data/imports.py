@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from bnfctl import console
 from bnfctl.config import BuildConfig
+from bnfctl.data import flags
 from bnfctl.data.records import Candidate, Group, Message, Prompt
 from bnfctl.data.rows import Seen, as_messages, column_of, given_id, identity, is_missing, pick
 from bnfctl.errors import UsageError
@@ -25,6 +27,7 @@ GOOD = ("true", "1", "+1", "up", "thumbs_up", "good", "chosen", "desirable")
 BAD = ("false", "0", "-1", "down", "thumbs_down", "bad", "rejected", "undesirable")
 """What a label may be, as text; JSON's true, false, 1, 0 and -1 too."""
 
+_PROMPT = "prompt"
 _RESPONSES = ("completion", "response")
 _REWARDS = {side: (f"{side}_reward", f"score_{side}", f"{side}_score") for side in ("chosen", "rejected")}
 """Where a side's reward may be: ours, UltraFeedback's, others'."""
@@ -52,11 +55,10 @@ def read_records(rows: Iterable[tuple[str, Row]], config: BuildConfig) -> Iterat
     one id, a label that is none.
     """
     names, seen = _Names(), Seen()
-    kind = config.format
+    kind: str | None = None
     last: tuple[str | None, Found] | None = None
     for where, row in rows:
-        if kind == "auto":
-            kind = _kind(row, config, where)
+        kind = kind or _kind(row, config, where)
         found = _paired(row, config, where) if kind == "preference" else _labelled(row, config, where)
         seen.add(found.group.prompt)
         given = given_id(row, ("record_id",), where)
@@ -89,9 +91,20 @@ class _Names:
 
 
 def _kind(row: Row, config: BuildConfig, where: str) -> str:
+    """What the set is, from its first row; UsageError for flags that would change nothing of such a set."""
+    if config.format != "unpaired" and _begins_with_its_prompt(row, config):
+        console.say(
+            f"{where}: no column '{_PROMPT}', so it is what chosen and rejected have in common at the beginning"
+        )
+    if config.format != "auto":
+        return config.format
     if column_of(row, (config.chosen_column, config.rejected_column)) is not None:
+        flags.check_columns(config, "preference")
         return "preference"
     if config.label_column in row or column_of(row, _response_columns(config)) is not None:
+        flags.check_columns(config, "unpaired")
+        if given_id(row, ("record_id",), where) is None:  # with one, two rows may be a pair
+            flags.check_no_pairs(config)
         return "unpaired"
     pick(row, config.chosen_column, where)  # raises, and says which columns there are
     raise AssertionError(where)
@@ -100,7 +113,7 @@ def _kind(row: Row, config: BuildConfig, where: str) -> str:
 def _paired(row: Row, config: BuildConfig, where: str) -> Found:
     columns = {"chosen": config.chosen_column, "rejected": config.rejected_column}
     sides = [pick(row, column, where) for column in columns.values()]
-    if row.get(config.prompt_column) is None and all(isinstance(side, str) for side in sides):
+    if _begins_with_its_prompt(row, config):
         messages, texts = _split_texts(sides[0], sides[1], config, where)
     else:
         messages = _prompt(row, sides, config, where)
@@ -110,6 +123,12 @@ def _paired(row: Row, config: BuildConfig, where: str) -> Found:
     if scores and rewards == [None, None]:
         rewards = [max(scores), min(scores)]
     return _found(row, messages, texts, {"chosen": (CHOSEN, rewards[0]), "rejected": (REJECTED, rewards[1])}, where)
+
+
+def _begins_with_its_prompt(row: Row, config: BuildConfig) -> bool:
+    """Whether this is TRL's implicit form: two texts and no prompt column, nor one that the user named."""
+    sides = (row.get(config.chosen_column), row.get(config.rejected_column))
+    return config.prompt_column == _PROMPT and _PROMPT not in row and all(isinstance(side, str) for side in sides)
 
 
 def _labelled(row: Row, config: BuildConfig, where: str) -> Found:

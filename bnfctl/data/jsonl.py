@@ -10,6 +10,7 @@ from typing import Any
 from bnfctl.errors import UsageError
 
 _BOM = b"\xef\xbb\xbf"
+_OF_AN_ARRAY = ": jq -c '.[]' turns a JSON array into such lines"
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -37,16 +38,13 @@ def _object(line: str, where: str) -> dict[str, Any]:
     try:
         value = without_surrogates(json.loads(line, object_pairs_hook=_unique))
     except ValueError as error:
-        hint = "each line is one JSON object"
-        if line.strip() in ("[", "{"):
-            hint += ": jq -c '.[]' turns a JSON array into such lines"
+        hint = "each line is one JSON object" + (_OF_AN_ARRAY if line.strip() in ("[", "{") else "")
         raise UsageError(f"broken JSON: {error}", where=where, hint=hint) from None
     except RecursionError:
         raise UsageError("JSON nested too deeply", where=where, hint="each line is one flat JSON object") from None
     if not isinstance(value, dict):
-        raise UsageError(
-            f"expected a JSON object, found {type(value).__name__}", where=where, hint='each line is {"prompt": ...}'
-        )
+        hint = 'each line is {"prompt": ...}' + (_OF_AN_ARRAY if isinstance(value, list) else "")
+        raise UsageError(f"expected a JSON object, found {type(value).__name__}", where=where, hint=hint)
     return value
 
 

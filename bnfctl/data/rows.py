@@ -92,12 +92,6 @@ class Seen:
         self._notes: dict[str, bytes] = {}
         self._places: dict[tuple[str, str], int] = {}
 
-    def __contains__(self, prompt_id: str) -> bool:
-        return prompt_id in self._notes
-
-    def __len__(self) -> int:
-        return len(self._notes)
-
     def add(self, prompt: Prompt) -> bool:
         """Whether the prompt is new; UsageError with both places where its id belongs to another one."""
         content = blake2b(canonical([list(turn.items()) for turn in prompt.messages]), digest_size=8).digest()

@@ -28,7 +28,10 @@ def pin_data(ref: str, store: Store, where: str, split: str = "train") -> Pinned
         return Pinned(kind, str(path.absolute()), store.digests.any(path), str(path.absolute()))
     source, _, rest = ref.partition(":")
     if rest and source in PROMPTS:
-        load(PROMPTS, source, "prompts")(rest, split, 1)  # refuses an unknown family or split
+        try:
+            load(PROMPTS, source, "prompts")(rest, split, 1)  # refuses an unknown family or split
+        except UsageError as error:
+            raise UsageError(error.what, where=f"{where} {ref}, --split {split}", hint=error.hint) from None
         # Enumerating the rows would cost more than hashing the code that draws them.
         code = Path(load(PROMPTS, source, "prompts").__code__.co_filename).parent.glob("*.py")
         return Pinned("lab", ref, fingerprint([rest, split, [store.digests.file(path) for path in sorted(code)]]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from bnfctl.model.threads import cpu_threads
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Others load, and die at the first step."""
+_ENGINE_FAILED = re.compile("initialization failed|out of memory", re.I)
+"""How an engine in a process of its own tells, on a GPU, whatever the reason: that one it has logged above."""
 _CPU_CACHE = (128 << 20, 2 << 30)
 _CPU_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # a worker process costs 13 s and 2 GB, and gains nothing
@@ -39,7 +42,9 @@ def load_engine(
         machine.update(gpu_memory_utilization=gpu_memory, max_model_len=-1)
     try:
         engine = vllm.LLM(model=str(model_dir), trust_remote_code=trust_remote_code, **{**machine, **settings})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _ENGINE_FAILED.search(str(error)):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
             f"vLLM cannot load the model: {reason}", where=str(model_dir), hint=f"{instead}, or --gpu-memory"

@@ -134,7 +134,7 @@ def check_prompts(
             raise UsageError(
                 f"prompt {prompt.id} has {length} tokens; the model's context is {context}",
                 where=prompt.where or prompt.id,
-                hint="shorten the prompt, or let generate drop it: --long-prompts drop",
+                hint="shorten the prompt; bnfctl generate --long-prompts drop leaves such prompts out",
             )
 
 

@@ -22,8 +22,11 @@ _EXAMPLE = "def FUNCTION(prompt, response, answer): return 1.0"
 
 
 def version_of(name: str) -> str:
-    """The digest of the module's file; what that imports is not in it.  UsageError as `own_rule`."""
-    return f"sha256 {hash_file(_file(_function(name), name))}"
+    """The digest of the module's file, and of the function's where that is another one; of nothing else that they import.
+
+    UsageError as `own_rule`.
+    """
+    return ", ".join(f"sha256 {hash_file(file)}" for file in _files(_function(name), name))
 
 
 def own_rule(name: str) -> Callable[[Prompt, str, ScoreConfig], Reward]:
@@ -40,7 +43,7 @@ def own_rule(name: str) -> Callable[[Prompt, str, ScoreConfig], Reward]:
     def rule(prompt: Prompt, response: str, config: ScoreConfig) -> Reward:
         try:
             returned = function(prompt.text, response, prompt.answer)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             what = f"{name} raised {type(error).__name__}: {error}"
             raise BnfctlError(what, where=f"prompt {prompt.id}", hint=f"see {_line(error, function)}") from error
         return _reward(returned, name, prompt)
@@ -56,7 +59,7 @@ def _reward(returned: Any, name: str, prompt: Prompt) -> Reward:
         if isinstance(reward.value, str) or not _is_json(reward.extra):
             raise TypeError
         value = float(reward.value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BnfctlError(
             f"{name} returned {returned!r:.200}", where=f"prompt {prompt.id}",
             hint="return a number, True, False, None, or a Reward whose extra is JSON",
@@ -67,8 +70,8 @@ def _reward(returned: Any, name: str, prompt: Prompt) -> Reward:
 
 def _is_json(extra: Any) -> bool:
     try:
-        json.dumps(extra, allow_nan=False)
-    except (TypeError, ValueError):
+        json.dumps(extra, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError):  # half an emoji is a ValueError, and cannot be stored either
         return False
     return isinstance(extra, dict)
 
@@ -127,12 +130,13 @@ def _working_directory_first() -> Iterator[None]:
             sys.path.append(here)
 
 
-def _file(function: Callable[..., Any], name: str) -> Path:
+def _files(function: Callable[..., Any], name: str) -> list[Path]:
     module_name = name.removeprefix(PREFIX).partition(":")[0]
     file = getattr(sys.modules[module_name], "__file__", None)
     if file is None:
         raise UsageError(f"{module_name} has no file of its own", where="--rule", hint="put the function in a .py file")
-    return Path(file)
+    home = sys.modules.get(getattr(inspect.unwrap(function), "__module__", None) or "")
+    return [Path(found) for found in dict.fromkeys((file, getattr(home, "__file__", None))) if found]
 
 
 def _line(error: BaseException, function: Callable[..., Any]) -> str:

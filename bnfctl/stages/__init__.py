@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
+
+from bnfctl.artifact import Pinned
+from bnfctl.errors import BnfctlError, UsageError
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,23 @@ class Prerequisite:
     config: Any
     field: str
     why: str
+
+
+def name_served(config: Any) -> tuple[Any, dict[str, Pinned]]:
+    """The config with the name of its servers' model in it, and nothing; or the config, and an input not resolved.
+
+    The latter where no server answers: a dry run goes on with it.  Raises as `client.served.name_for` otherwise.
+    """
+    from bnfctl.client.served import name_for  # httpx, which those without servers have no use for
+    from bnfctl.client.servers import RefusedError
+
+    try:
+        return replace(config, served_model=name_for(config)), {}
+    except (UsageError, RefusedError):
+        raise
+    except BnfctlError as error:
+        where = error.where or config.server[0]
+        return config, {"server": Pinned("server", where, None, None, error.what)}
 
 
 def module(stage: str) -> Any:

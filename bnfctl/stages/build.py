@@ -27,7 +27,11 @@ def plan(config: BuildConfig, store: Store) -> Plan:
     from_scores = named or store.search(config.input) is not None
     flags.check(config, from_scores)
     if not from_scores:
-        return Plan(STAGE, VERSION, config, {"input": pin_data(config.input, store, "INPUT", config.split)})
+        pinned = pin_data(config.input, store, "INPUT", config.split)
+        if pinned.kind == "lab":
+            hint = f"bnfctl generate --prompts {config.input}, score, and build from that"
+            raise UsageError("the lab has prompts, no preference set", where="INPUT", hint=hint)
+        return Plan(STAGE, VERSION, config, {"input": pinned})
     source = store.find(config.input, "score", "INPUT")
     candidates = _candidates(source)
     scores = {"input": source}

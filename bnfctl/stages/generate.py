@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from bnfctl import console, durable, pool, samplers, shards
+from bnfctl import console, durable, machine, pool, samplers, shards
 from bnfctl.artifact import Draft, Plan, Store
 from bnfctl.config import GenerateConfig
 from bnfctl.data.candidates import SCHEMA, candidate_rows
@@ -21,11 +21,11 @@ from bnfctl.data.chat import tokenizer_digest
 from bnfctl.data.records import Prompt
 from bnfctl.data.sources import pin_data, read_prompts
 from bnfctl.errors import UsageError
-from bnfctl.machine import resolve_dtype
 from bnfctl.model.source import model_dir, pin_model
 from bnfctl.model.threads import cpu_threads
 from bnfctl.options import as_json, from_json
 from bnfctl.samplers.file import FileSampler
+from bnfctl.stages import name_served
 from bnfctl.tables import SAMPLERS, load
 
 STAGE, VERSION = "generate", 1
@@ -42,14 +42,14 @@ def plan(config: GenerateConfig, store: Store) -> Plan:
     """Resolve the sampler, the model and the prompts."""
     sampler = samplers.resolve(config.sampler)
     notes = (f"sampler: {sampler}",) if config.sampler == "auto" else ()
-    dtype = resolve_dtype(config.dtype) if sampler != "server" else config.dtype  # a server computes as it likes
-    config = dataclasses.replace(config, sampler=sampler, dtype=dtype)
+    config = dataclasses.replace(config, sampler=sampler)
+    if sampler != "server":  # which computes as it likes
+        config = dataclasses.replace(config, dtype=machine.resolve_dtype(config.dtype))
     _check_flags(config)
-    if sampler == "server":
-        from bnfctl.client.served import name_for  # httpx, which the other samplers have no use for
-
-        config = dataclasses.replace(config, served_model=name_for(config))
     inputs = {"prompts": pin_data(config.prompts, store, "--prompts", config.split)}
+    if sampler == "server":
+        config, unknown = name_served(config)
+        inputs |= unknown
     if config.model is not None and sampler != "file":
         inputs["model"] = pin_model(config.model, store)
     return Plan(STAGE, VERSION, config, inputs, notes)
@@ -79,6 +79,11 @@ def run(config: GenerateConfig, draft: Draft) -> dict[str, Any]:
     _sample(config, draft, folder, counts["prompts"])
     shards.Parts(draft.scratch / "parts", SCHEMA).publish(draft.path / "rows")
     measured = _measure(draft.path / "rows")
+    kept = measured.pop("prompts")
+    counts = {**counts, "prompts": kept, "dropped_long": counts["dropped_long"] + counts["prompts"] - kept}
+    if not kept:
+        hint = "a model with a longer context, or shorter prompts"
+        raise UsageError("no prompt leaves room for a response", where="--long-prompts", hint=hint)
     _report(measured, draft.provenance)
     return {**counts, **measured, "tokenizer": tokenizer_digest(folder) if folder else None}
 
@@ -114,6 +119,7 @@ def _sample(config: GenerateConfig, draft: Draft, folder: Path | None, prompts: 
     job = pool.Job(
         "bnfctl.stages.generate:Sampling", request, draft.path / "log", workers, config.tensor_parallel,
         max(1, cpu_threads(folder) // workers) if folder else 1,
+        apart=config.sampler == "vllm" and machine.visible_gpus() > 0,
     )  # fmt: skip
     started, tokens = 0.0, 0
 
@@ -198,13 +204,13 @@ def _measure(rows: Path) -> dict[str, Any]:
     """How many responses, how long, how many cut off, how many prompts got the same one each time; one pass."""
     count = tokens = cut = 0
     lengths: Counter[int] = Counter()
-    several = same = 0
+    several = same = prompts = 0
     texts: set[str] = set()
     size, prompt = 0, None
     for row in shards.read_rows(rows, ["prompt_id", "text", "token_ids", "finish_reason"]):
         if row["prompt_id"] != prompt:
             several, same = several + (size > 1), same + (size > 1 and len(texts) == 1)
-            prompt, size, texts = row["prompt_id"], 0, set()
+            prompt, size, texts, prompts = row["prompt_id"], 0, set(), prompts + 1
         count, size = count + 1, size + 1
         texts.add(row["text"])
         cut += row["finish_reason"] == "length"
@@ -218,15 +224,14 @@ def _measure(rows: Path) -> dict[str, Any]:
         "lengths": {str(least): lengths[least] for least in sorted(lengths)},
     } if tokens else {}  # fmt: skip
     if not count:
-        return {"candidates": 0}
+        return {"prompts": 0, "candidates": 0}
     all_same = round(same / several, 4) if several else None
-    return {"candidates": count, **known, "cut": cut, "cut_share": round(cut / count, 4), "all_same_share": all_same}
+    return {"prompts": prompts, "candidates": count, **known, "cut": cut, "cut_share": round(cut / count, 4),
+            "all_same_share": all_same}  # fmt: skip
 
 
 def _report(measured: dict[str, Any], provenance: dict[str, Any]) -> None:
     """What a person wants to know before going on: on stderr."""
-    if not measured["candidates"]:
-        return
     rate = provenance.get("tokens_per_second")
     mean = measured.get("tokens_per_response")
     told = [f"{measured['candidates']} responses", f"{mean} tokens each" if mean is not None else "",

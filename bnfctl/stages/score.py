@@ -13,21 +13,20 @@ from typing import Any
 
 import pyarrow as pa
 
-from bnfctl import console, pool, scorers, shards
+from bnfctl import console, machine, pool, scorers, shards
 from bnfctl.artifact import Artifact, Draft, Pinned, Plan, Store
 from bnfctl.config import GenerateConfig, ScoreConfig
 from bnfctl.data.candidates import groups
 from bnfctl.data.files import FILE_ENDINGS
 from bnfctl.data.records import Group, Reward
 from bnfctl.errors import UsageError
-from bnfctl.machine import resolve_dtype
 from bnfctl.model.source import model_dir, pin_model
 from bnfctl.model.threads import cpu_threads
 from bnfctl.options import as_json, from_json
 from bnfctl.scorers import verdicts
 from bnfctl.scorers.rules import version_of
 from bnfctl.scorers.thinking import WithoutThinking
-from bnfctl.stages import Prerequisite
+from bnfctl.stages import Prerequisite, name_served
 
 STAGE, VERSION = "score", 1
 UNIT = 256
@@ -41,12 +40,21 @@ SCHEMA = pa.schema(
 
 def plan(config: ScoreConfig, store: Store) -> Plan | Prerequisite:
     """Resolve the candidates and what scores them; a file or folder of responses is imported first."""
-    if store.search(config.input) is None and _looks_like_data(config.input):
-        if not Path(config.input).expanduser().exists():
-            raise UsageError(f"no such file '{config.input}'", where="INPUT", hint="check the path")
+    data = store.search(config.input) is None and _looks_like_data(config.input)
+    if data and not Path(config.input).expanduser().exists():
+        raise UsageError(f"no such file '{config.input}'", where="INPUT", hint="check the path")
+    # before the import, which may take long: a wrong flag is told at once, and by a dry run
+    resolved, inputs, versions = _resolve(config, store)
+    if data:
         imported = GenerateConfig(prompts=config.input, sampler="file")
         return Prerequisite("generate", imported, "input", f"{config.input} is imported as candidates")
-    inputs = {"input": store.find(config.input, "generate", "INPUT").pinned()}
+    inputs["input"] = store.find(config.input, "generate", "INPUT").pinned()
+    return Plan(STAGE, VERSION, resolved, inputs, versions=versions)
+
+
+def _resolve(config: ScoreConfig, store: Store) -> tuple[ScoreConfig, dict[str, Pinned], dict[str, str]]:
+    """What scores: the config without `auto`, the inputs beside the candidates, versions; UsageError as in `plan`."""
+    inputs: dict[str, Pinned] = {}
     versions = {}
     if config.scorer == "rules":
         if config.rule == "regex":
@@ -55,16 +63,17 @@ def plan(config: ScoreConfig, store: Store) -> Plan | Prerequisite:
     elif config.scorer == "judge":
         if config.judge_prompt is not None:
             inputs["judge_prompt"] = _pin_text(config.judge_prompt, store)
-        config = _resolve_judge(config)
+        config, unknown = _resolve_judge(config)
+        inputs |= unknown
         versions["judge"] = verdicts.VERSION
     else:
         if config.model is None:
             hint = scorers.MODEL_HINTS[config.scorer]
             raise UsageError(f"{config.scorer} needs a model", where="--model", hint=hint)
         inputs["model"] = pin_model(config.model, store)
-        config = dataclasses.replace(config, dtype=resolve_dtype(config.dtype))
+        config = dataclasses.replace(config, dtype=machine.resolve_dtype(config.dtype))
     _processes(config)
-    return Plan(STAGE, VERSION, config, inputs, versions=versions)
+    return config, inputs, versions
 
 
 def _looks_like_data(ref: str) -> bool:
@@ -79,17 +88,16 @@ def _pin_text(path: str, store: Store) -> Pinned:
     return Pinned("file", str(file), store.digests.file(file), str(file))
 
 
-def _resolve_judge(config: ScoreConfig) -> ScoreConfig:
-    """The config with the judge's name in it: without one the servers are asked for their only model."""
+def _resolve_judge(config: ScoreConfig) -> tuple[ScoreConfig, dict[str, Pinned]]:
+    """As name_served: without a name the servers are asked for their only model."""
     if config.model is not None:
         raise UsageError("a judge runs on servers, not from --model", where="--model", hint="--served-model NAME")
     if not config.server:
         raise UsageError("server is missing", where="--server", hint="--server http://host:8000/v1, for each server")
-    from bnfctl.client.served import name_for  # httpx, which the other scorers have no use for
     from bnfctl.scorers import judge
 
     judge.check(config)
-    return dataclasses.replace(config, served_model=name_for(config))
+    return name_served(config)
 
 
 def _processes(config: ScoreConfig) -> int:
@@ -119,6 +127,7 @@ def run(config: ScoreConfig, draft: Draft) -> dict[str, Any]:
     job = pool.Job(
         "bnfctl.stages.score:Scoring", request, draft.path / "log", workers,
         threads=max(1, cpu_threads(folder) // workers) if folder else 1,
+        apart=config.scorer == "reward-model" and config.engine == "vllm" and machine.visible_gpus() > 0,
     )  # fmt: skip
     with console.Progress(total, "prompts", min(total, len(done) * UNIT)) as progress:
         for one in pool.run(job, todo) if todo else ():

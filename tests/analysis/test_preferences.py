@@ -99,6 +99,16 @@ def test_many_values_fall_into_ten_bins(store: Store) -> None:
     assert all(before[1] == after[0] for before, after in zip(rewards["bins"], rewards["bins"][1:], strict=False))
 
 
+def test_rewards_at_the_ends_of_the_range_have_bins_too(store: Store) -> None:
+    rows = [row(f"r{i}", chosen=("x", i * 1e307, None), rejected=("y", -i * 1e307, None)) for i in range(1, 13)]
+    found = report(publish(store, rows))
+    rewards = found["rewards"]
+    json.dumps(found, allow_nan=False)
+    assert "rewards" in as_text(found)
+    assert rewards["bins"][0][0] == -1.2e308 and rewards["bins"][-1][1] == 1.2e308
+    assert rewards["counts"]["chosen"] == [0, 0, 0, 0, 0, 2, 2, 3, 2, 3]
+
+
 def test_shards_and_batches_leave_no_trace(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row(f"r{i}", "train" if i % 9 else "test", chosen=(f"answer {i}" * (i % 5 + 1), i % 7 / 3, [1] * (i % 11)),
                 rejected=(f"answer {i + 1}", -i % 13 / 5, [1] * (i % 6))) for i in range(300)]  # fmt: skip

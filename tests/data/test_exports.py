@@ -12,7 +12,7 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 
-from bnfctl import shards
+from bnfctl import durable, shards
 from bnfctl.artifact import Artifact, Store
 from bnfctl.config import BuildConfig, ScoreConfig
 from bnfctl.data.exports import export
@@ -170,6 +170,10 @@ def test_nothing_is_overwritten_without_force(built: Artifact, tmp_path: Path) -
 def test_where_an_export_cannot_go(built: Artifact, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="inside the artifact store"):
         export(built, built.path / "rows", "preference", True)
+    (tmp_path / "link").symlink_to(built.path.parent.parent)
+    for inside in (tmp_path / "no" / ".." / built.path.parent.parent.name / "x.parquet", tmp_path / "link" / "x.jsonl"):
+        with pytest.raises(UsageError, match="inside the artifact store"):
+            export(built, inside, "preference", True)
     with pytest.raises(UsageError, match=r"cannot write \.csv"):
         export(built, tmp_path / "o.csv", "preference", False)
     with pytest.raises(UsageError, match=r"unknown format 'pairs'") as caught:
@@ -185,6 +189,30 @@ def test_a_failure_leaves_nothing(built: Artifact, tmp_path: Path, target: str) 
     with pytest.raises(BnfctlError, match="corrupted artifact"):
         export(built, tmp_path / target, "preference", False)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("target", ["o.parquet", "o.jsonl", "o"])
+def test_a_place_that_cannot_be_written_is_named(built: Artifact, tmp_path: Path, target: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BnfctlError, match="cannot write") as caught:
+        export(built, tmp_path / "file" / target, "preference", False)
+    assert caught.value.where == str(tmp_path / "file" / target)
+
+
+def test_what_cannot_be_replaced_stays(built: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(built, tmp_path / "o", "preference", False)
+    rename = durable.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if target == tmp_path / "o":
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(durable, "rename", failing)
+    with pytest.raises(BnfctlError, match="No space left"):
+        export(built, tmp_path / "o", "unpaired", True)
+    assert "chosen" in datasets.load_dataset(str(tmp_path / "o"), split="train").features
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("target", ["o.parquet", "o.jsonl", "o"])

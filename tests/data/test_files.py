@@ -143,9 +143,10 @@ def test_broken_lines_of_a_large_file(tmp_path: Path, line: bytes, what: str | N
     assert caught.value.where == f"{path}:3001"
 
 
-def test_a_json_array_gets_a_hint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ['[\n {"prompt": "x"}\n]', '[{"prompt": "x"}]'])
+def test_a_json_array_gets_a_hint(text: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        rows_of(written(tmp_path / "p.json", '[\n {"prompt": "x"}\n]'))
+        rows_of(written(tmp_path / "p.json", text))
     assert "jq -c" in str(caught.value.hint)
 
 

@@ -38,6 +38,8 @@ SCORED: list[tuple[dict[str, Any], str]] = [
 SETS: list[tuple[dict[str, Any], str]] = [
     ({"also": ("a",)}, "--also"),
     ({"choose": "all-pairs"}, "--choose"),
+    ({"format": "unpaired", "chosen_column": "best"}, "--chosen-column"),
+    ({"format": "preference", "label_column": "thumb"}, "--label-column"),
     ({"filter": "a", "filter_min": 0.0}, "--filter"),
     ({"good": 1.0}, "--good"),
     ({"length_balance": 0.5}, "--length-balance"),

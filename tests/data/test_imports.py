@@ -99,12 +99,41 @@ def test_a_text_that_begins_the_other_has_an_empty_response() -> None:
     assert sides_of(found) == {"chosen": ("", None), "rejected": (", sir", None)}
 
 
+def test_a_prompt_is_looked_for_in_the_texts_only_where_nobody_says_where_it_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts = {"chosen": "The sky is blue.", "rejected": "The sky is green."}
+    records_of(texts, texts)
+    assert capsys.readouterr().err.count("no column 'prompt', so it is what chosen and rejected have in common") == 1
+    with pytest.raises(UsageError, match=r"no column 'question' \(did you mean 'questions'\?\)"):
+        records_of({**texts, "questions": "What colour?"}, prompt_column="question")
+    with pytest.raises(UsageError, match="column 'prompt' is null"):
+        records_of({**texts, "prompt": None})
+
+
 UNPAIRED = [
     {"prompt": "Hi?", "completion": "Hello", "label": True},
     {"prompt": [USER], "completion": [turn("Hello")], "label": True},
     {"prompt": "Hi?", "response": "Hello", "label": 1},
     {"completion": said("Hello"), "label": "up"},
 ]
+
+
+@pytest.mark.parametrize(
+    ("more", "flag"),
+    [
+        ({"min_edit": 0.5}, "--min-edit"), ({"pairing_ratio": 0.5}, "--pairing-ratio"),
+        ({"min_margin": 1.0}, "--min-margin"), ({"chosen_column": "best"}, "--chosen-column"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_means_nothing_to_single_responses_is_refused(more: dict[str, Any], flag: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        records_of(UNPAIRED[0], **more)
+    assert caught.value.where == flag
+    if flag != "--chosen-column":  # rows with ids may turn out to be pairs
+        records_of({**UNPAIRED[0], "record_id": "r"}, **more)
+    with pytest.raises(UsageError, match="--label-column is for another kind of set"):
+        records_of({"prompt": "Hi?", "chosen": "a", "rejected": "b"}, label_column="thumb")
 
 
 @pytest.mark.parametrize("row", UNPAIRED)

@@ -260,6 +260,13 @@ def test_a_hub_set_that_is_not_in_the_cache(tmp_path: Path, monkeypatch: pytest.
     assert caught.value.hint is not None and "--split" in caught.value.hint
 
 
+@pytest.mark.parametrize(("ref", "split"), [("lab:chat", "train_prefs"), ("lab:chatter", "train")])
+def test_what_the_lab_lacks_is_refused_with_its_place(ref: str, split: str, store: Store) -> None:
+    with pytest.raises(UsageError, match="unknown lab") as caught:
+        pin_data(ref, store, "--prompts", split)
+    assert caught.value.where == f"--prompts {ref}, --split {split}"
+
+
 def test_a_hub_repository_as_datasets_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     repository = tmp_path / "repository"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from bnfctl.errors import UsageError
+from bnfctl.model import vllm
 from bnfctl.model.cache import cache_bytes_per_token
 from bnfctl.model.vllm import CPU_HEAD_DIMS, cpu_settings
 
@@ -16,6 +19,26 @@ def test_a_head_that_the_cpu_engine_cannot_run_is_a_usage_error(tmp_path: Path) 
     with pytest.raises(UsageError, match="16 dimensions") as caught:
         cpu_settings(tmp_path, 512, "--sampler hf")
     assert "--sampler hf" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}"), UsageError),
+        (ValueError("no such architecture"), UsageError),
+        (RuntimeError("a fault of ours"), RuntimeError),
+    ],
+)
+def test_an_engine_that_does_not_start_says_what_to_try(
+    raised: Exception, expected: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**settings: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(vllm, "_import_vllm", lambda folder, instead: (SimpleNamespace(LLM=refuse), False))
+    with pytest.raises(expected, match=str(raised).split(".")[0]) as caught:
+        vllm.load_engine(tmp_path, dtype="float32", gpu_memory=0.9, trust_remote_code=False, instead="--sampler hf")
+    assert expected is RuntimeError or "--gpu-memory" in str(getattr(caught.value, "hint", None))
 
 
 def test_cpu_settings_hold_the_longest_sequence(tmp_path: Path) -> None:

@@ -114,6 +114,13 @@ def test_a_prompt_that_fills_the_context_is_an_error_or_dropped(answers: Path) -
         assert found == [candidate for candidate in expected() if candidate.prompt_id != "p7"]
 
 
+def test_a_parameter_that_the_server_does_not_know_drops_no_prompt(answers: Path) -> None:
+    with StubServer(lambda call: call.send(400, {"message": "Unsupported parameter: 'max_tokens'"})) as stub:
+        with pytest.raises(BnfctlError, match="Unsupported parameter: 'max_tokens'") as caught:
+            sample(config(stub.url, long_prompts="drop"), answers)
+        assert caught.value.hint is None
+
+
 def test_faults_leave_no_trace_and_nothing_is_asked_twice(answers: Path) -> None:
     faults = {
         1: lambda call: call.send(429, {}, Retry_After="0.05"), 4: lambda call: call.send(500, {}), 5: Call.drop,

@@ -72,8 +72,10 @@ def test_what_it_may_return(returned: str, expected: Reward, write: Write) -> No
 
 
 @pytest.mark.parametrize(
-    "returned", ["'1.0'", "[1.0]", "Reward(1.0, {'a': object()})", "Reward('1')", "Reward(1.0, 3)"]
-)
+    "returned",
+    ["'1.0'", "[1.0]", "Reward(1.0, {'a': object()})", "Reward('1')", "Reward(1.0, 3)", "10**400",
+     "Reward(1.0, {'a': '\\ud83d'})"],
+)  # fmt: skip
 def test_anything_else_is_an_error_that_names_the_prompt(returned: str, write: Write) -> None:
     write(f"from bnfctl.data.records import Reward\n\ndef score(prompt, response, answer):\n    return {returned}\n")
     with pytest.raises(BnfctlError, match="python:my_rules:score returned") as caught:
@@ -89,6 +91,21 @@ def test_an_exception_in_it_names_prompt_exception_and_line(write: Write) -> Non
     assert caught.value.where == "prompt p7"
     assert caught.value.hint == f"see {file}:2"
     assert caught.value.exit_code == 1
+
+
+def test_one_that_leaves_python_is_an_error_too(write: Write) -> None:
+    write("import sys\n\ndef score(prompt, response, answer):\n    sys.exit(3)\n")
+    with pytest.raises(BnfctlError, match="my_rules:score raised SystemExit: 3") as caught:
+        reward()
+    assert caught.value.exit_code == 1
+
+
+def test_the_file_that_it_is_written_in_is_in_the_key_too(write: Write, tmp_path: Path) -> None:
+    write("from my_inner import score\n")
+    (tmp_path / "my_inner.py").write_text("def score(prompt, response, answer):\n    return 1\n")
+    first = rules.version_of("python:my_rules:score")
+    (tmp_path / "my_inner.py").write_text("def score(prompt, response, answer):\n    return 2\n")
+    assert rules.version_of("python:my_rules:score") != first
 
 
 def test_its_file_is_in_the_key(write: Write) -> None:

@@ -179,6 +179,12 @@ def test_an_artifact_of_another_stage_is_refused(chain: Chain) -> None:
     assert caught.value.exit_code == 2
 
 
+def test_the_lab_is_no_preference_set(store: Store) -> None:
+    with pytest.raises(UsageError, match="the lab has prompts, no preference set") as caught:
+        run(BuildConfig(input="lab:chat"), store)
+    assert (caught.value.where, published(store)) == ("INPUT", [])
+
+
 def test_a_store_that_was_moved_still_builds(chain: Chain, tmp_path: Path) -> None:
     store = chain.copy(tmp_path / "moved")
     hidden = chain.candidates.path.rename(chain.candidates.path.with_name("hidden"))

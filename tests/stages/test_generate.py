@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from bnfctl import launch, machine, shards
+from bnfctl import launch, machine, pool, shards
 from bnfctl.artifact import Store
+from bnfctl.client import served
 from bnfctl.config import GenerateConfig
 from bnfctl.data.candidates import SCHEMA
 from bnfctl.data.records import Prompt
-from bnfctl.errors import UsageError
+from bnfctl.errors import BnfctlError, UsageError
 from bnfctl.stages import generate
 from tests.models import BOS, TEMPLATE, make_llama
 from tests.stages.chain import PROMPTS, SAMPLES, Chain, interrupt, prompt_rows, published, run, write_jsonl
 from tests.stages.kills import kill_at
-from tests.stub_server import StubServer
+from tests.stub_server import Call, StubServer
 
 BEGIN = 256
 STOPS = (257, 259)
@@ -126,6 +127,7 @@ def test_a_chunk_that_is_there_is_not_sampled_again(
     assert "resuming: 2 of 3 chunks are there" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_workers_and_a_kill_leave_the_digest_of_an_undisturbed_run(
     policy: Path, store: Store, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,7 +219,7 @@ def test_the_share_of_prompts_whose_responses_are_all_the_same(tmp_path: Path) -
     shards.write_shards(tmp_path, rows[:1], SCHEMA)
     assert generate._measure(tmp_path)["all_same_share"] is None
     shards.write_shards(tmp_path, [], SCHEMA)
-    assert generate._measure(tmp_path) == {"candidates": 0}
+    assert generate._measure(tmp_path) == {"prompts": 0, "candidates": 0}
 
 
 def test_arguments_of_the_chat_template_are_in_the_key_and_in_the_prompt(
@@ -295,6 +297,55 @@ def test_a_long_prompt_is_an_error_with_its_line_or_a_count(policy: Path, store:
     kept = run(asked(path, policy, long_prompts="drop"), store)
     assert {row["prompt_id"] for row in kept.rows()} == {"short"}
     assert (kept.manifest.summary["dropped_long"], kept.manifest.summary["prompts"]) == (1, 1)
+
+
+def test_no_prompt_that_fits_is_an_error(policy: Path, store: Store, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "x" * 300}])
+    with pytest.raises(UsageError, match="no prompt leaves room"):
+        run(asked(path, policy, long_prompts="drop"), store)
+    assert published(store) == []
+
+
+def test_a_prompt_that_a_server_finds_too_long_is_counted(store: Store, tmp_path: Path) -> None:
+    def refuse(call: Call) -> bool:
+        message = "This model's maximum context length is 10 tokens. However, you requested 12 tokens"
+        long = "long" in call.body["messages"][0]["content"]
+        return long and call.send(400, {"error": {"message": message}})
+
+    path = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "short"}, {"prompt": "long"}])
+    with StubServer(refuse) as server:
+        config = asked(path, path, model=None, sampler="server", server=(server.url,), long_prompts="drop")
+        summary = run(config, store).manifest.summary
+    assert (summary["prompts"], summary["dropped_long"], summary["candidates"]) == (1, 1, 2)
+
+
+def test_a_dry_run_needs_no_server(prompts: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "_TRIES", 1)
+    config = asked(prompts, prompts, model=None, sampler="server", server=("http://127.0.0.1:9/v1",))
+    planned = launch.plan("generate", config, store, lambda first: None)
+    (unresolved,) = planned.unresolved
+    assert "127.0.0.1:9" in unresolved.ref and unresolved.why
+    with pytest.raises(BnfctlError) as caught:
+        run(config, store)
+    assert caught.value.exit_code == 1 and "127.0.0.1:9" in (caught.value.where or "") and caught.value.hint
+
+
+def test_vllm_on_a_gpu_has_a_process_of_its_own(
+    prompts: Path, policy: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = []
+
+    def seen(job: pool.Job, units: Any) -> Iterator[pool.Done]:
+        jobs.append(job)
+        raise UsageError("enough")
+        yield
+
+    monkeypatch.setattr(pool, "run", seen)
+    for gpus, sampler in ((1, "vllm"), (1, "hf"), (0, "vllm")):
+        monkeypatch.setattr(machine, "visible_gpus", lambda gpus=gpus: gpus)
+        with pytest.raises(UsageError, match="enough"):
+            run(asked(prompts, policy, sampler=sampler), store)
+    assert [job.apart for job in jobs] == [True, False, False]
 
 
 def test_the_context_ends_a_response_sooner(policy: Path, store: Store, tmp_path: Path) -> None:

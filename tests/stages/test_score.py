@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from bnfctl import console, launch, machine
 from bnfctl.artifact import Store
+from bnfctl.client import served
 from bnfctl.config import BuildConfig, GenerateConfig, ScoreConfig, TrainConfig
 from bnfctl.errors import Interrupted, UsageError
 from bnfctl.stages import score
@@ -56,6 +57,31 @@ def test_rules(
     rows = [(row["prompt_id"], row["sample"], row["reward"]) for row in made.rows()]
     wanted = [("sum", i, value) for i, value in enumerate(sum_rewards)]
     assert rows == wanted + [("open", i, value) for i, value in enumerate(open_rewards)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"scorer": "pairrm"}, "--model"),
+        ({"scorer": "judge"}, "--server"),
+        ({"rule": "regex"}, "--pattern"),
+        ({"scorer": "reward-model", "model": "none/such/folder"}, "--model"),
+    ],
+)
+def test_a_wrong_flag_is_told_before_responses_are_imported(
+    changes: dict[str, Any], where: str, responses: Path, store: Store
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        launch.plan("score", ScoreConfig(input=str(responses), **changes), store, lambda first: None)
+    assert caught.value.where == where and caught.value.hint
+
+
+def test_a_dry_run_needs_no_judge(responses: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "_TRIES", 1)
+    imported = run(GenerateConfig(prompts=str(responses), sampler="file"), store)
+    config = ScoreConfig(input=str(imported.path), scorer="judge", server=("http://127.0.0.1:9/v1",))
+    (unresolved,) = launch.plan("score", config, store, lambda first: None).unresolved
+    assert "127.0.0.1:9" in unresolved.ref and unresolved.why
 
 
 def test_a_null_reward_is_counted_and_never_0(responses: Path, store: Store) -> None:
@@ -179,19 +205,20 @@ def test_a_killed_run_is_resumed_to_the_same_digest(
     devices: int, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [{"id": i, "prompt": f"{i}?", "answer": str(i), "responses": [f"It is {i}."] * (1 + i % 3)}
-            for i in range(200)]  # fmt: skip
+            for i in range(120)]  # fmt: skip
     path = write_jsonl(tmp_path / "many.jsonl", rows)
     imported = run(GenerateConfig(prompts=str(path), sampler="file"), store)
     shutil.copytree(store.home, tmp_path / "calm")
     config = ScoreConfig(input=imported.ref, devices=devices)
-    parts = kill_at(9, config, store, unit=1)
-    assert 9 <= parts < 200, "killed in the middle"
+    parts = kill_at(5, config, store, unit=1)
+    assert 5 <= parts < 120, "killed in the middle"
     monkeypatch.setattr(score, "UNIT", 1)
     resumed = run(dataclasses.replace(config, devices=3 - devices), store)
     assert resumed.manifest.digest == run(config, Store(tmp_path / "calm")).manifest.digest
-    assert [row["reward"] for row in resumed.rows()] == [1.0] * 399
+    assert [row["reward"] for row in resumed.rows()] == [1.0] * 240
 
 
+@pytest.mark.slow
 def test_reward_models_in_two_processes_give_the_digest_of_one(
     chain: Chain, reward_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
