@@ -13,7 +13,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,6 +139,15 @@ def _check(field: dataclasses.Field[Any], value: Any, where: str) -> Any:
 
 def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def refuse(config: Any, names: Iterable[str], why: str, hint: str | None = None) -> None:
+    """UsageError for the first of these fields that is not at its default: it would change the key, and nothing else."""
+    defaults = {field.name: field.default for field in fields(config)}
+    for name in names:
+        if getattr(config, name) != defaults[name]:
+            flag = flag_name(name)
+            raise UsageError(f"{flag} {why}", where=flag, hint=hint or f"leave {flag} out")
 
 
 def check_keys(cls: type, raw: Mapping[str, Any], where: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from bnfctl.config import BuildConfig
 from bnfctl.errors import UsageError
-from bnfctl.options import fields, flag_name
+from bnfctl.options import flag_name, refuse
 
 _OF_RULES = {
     "top_k": "top-bottom", "good": "threshold", "bad": "threshold", "scope": "threshold", "length_balance": "best-worst",
@@ -80,12 +80,9 @@ def _check_rule(config: BuildConfig) -> None:
 
 
 def _refuse(config: BuildConfig, names: Iterable[str], why: str, instead: str | None = None) -> None:
-    defaults = {field.name: field.default for field in fields(config)}
     for name in names:
-        if getattr(config, name) != defaults[name]:
-            flag = flag_name(name)
-            hint = f"{instead}, or leave {flag} out" if instead else f"leave {flag} out; see bnfctl build --help"
-            raise UsageError(f"{flag} {why}", where=flag, hint=hint)
+        leave = f"leave {flag_name(name)} out"
+        refuse(config, [name], why, f"{instead}, or {leave}" if instead else f"{leave}; see bnfctl build --help")
 
 
 def _check_order(low_flag: str, low: float | None, high_flag: str, high: float | None, equal: bool = True) -> None:

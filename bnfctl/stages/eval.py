@@ -21,7 +21,7 @@ from bnfctl.data.sources import pin_data
 from bnfctl.errors import BnfctlError, GateError, UsageError, nearest
 from bnfctl.machine import resolve_dtype
 from bnfctl.model.source import model_dir, pin_model
-from bnfctl.options import fields, flag_name
+from bnfctl.options import refuse
 from bnfctl.tables import TASKS, load
 from bnfctl.tasks import statistics
 
@@ -90,11 +90,8 @@ def _data(config: EvalConfig, store: Store) -> dict[str, Pinned]:
 def _tasks(config: EvalConfig, inputs: Mapping[str, Pinned]) -> dict[str, tasks.Task]:
     """The tasks of the config on their pinned data; UsageError for a flag that none of them knows."""
     given = {name: getattr(config, name) for name in ("data_dir", "template", "mathverify", "crux_grader")}
-    for field in fields(config):
-        known = any(field.name in tasks.takes(name) for name in config.tasks)
-        if field.name in given and given[field.name] != field.default and not known:
-            what = f"{flag_name(field.name)} changes nothing here: no task of {', '.join(config.tasks)} takes it"
-            raise UsageError(what, where=flag_name(field.name), hint="leave it out")
+    known = set().union(*map(tasks.takes, config.tasks))
+    refuse(config, given.keys() - known, f"changes nothing here: no task of {', '.join(config.tasks)} takes it")
     if config.template is not None:
         given["template"] = Path(config.template)
     made = {}

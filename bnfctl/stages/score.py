@@ -22,7 +22,7 @@ from bnfctl.data.records import Group, Reward
 from bnfctl.errors import UsageError
 from bnfctl.model.source import model_dir, pin_model
 from bnfctl.model.threads import cpu_threads
-from bnfctl.options import as_json, from_json
+from bnfctl.options import as_json, from_json, refuse
 from bnfctl.scorers import verdicts
 from bnfctl.scorers.rules import version_of
 from bnfctl.scorers.thinking import WithoutThinking
@@ -31,6 +31,20 @@ from bnfctl.stages import Prerequisite, name_served
 STAGE, VERSION = "score", 1
 UNIT = 256
 """Groups per part: what a killed run loses at most."""
+
+_MODEL = ("model", "dtype", "batch_tokens")
+_CHAT = (*_MODEL, "max_length")
+_CLIENT = ("served_model", "server", "concurrency", "timeout", "retries", "api_key_env")
+_JUDGE = ("judge_mode", "judge_prompt", "judge_tokens", "judge_temperature")
+_USED: dict[str, tuple[str, ...]] = {
+    "rules": ("rule", "pattern"),
+    "reward-model": (*_CHAT, "engine", "gpu_memory", "trust_remote_code"),
+    "pairrm": _MODEL,
+    "armorm": _CHAT,
+    "judge": (*_JUDGE, *_CLIENT),
+}
+"""The fields that a scorer has a use for, beside those that all have."""
+_OF_SOME = {name for names in _USED.values() for name in names}
 
 SCHEMA = pa.schema(
     [("prompt_id", pa.string()), ("sample", pa.int32()), ("reward", pa.float64()), ("extra", pa.string())]
@@ -56,9 +70,12 @@ def _resolve(config: ScoreConfig, store: Store) -> tuple[ScoreConfig, dict[str, 
     """What scores: the config without `auto`, the inputs beside the candidates, versions; UsageError as in `plan`."""
     inputs: dict[str, Pinned] = {}
     versions = {}
+    refuse(config, sorted(_OF_SOME.difference(_USED[config.scorer])), f"is of no use to --scorer {config.scorer}")
     if config.scorer == "rules":
         if config.rule == "regex":
             _check_pattern(config.pattern)
+        else:
+            refuse(config, ["pattern"], f"is for --rule regex, not {config.rule}")
         versions[config.rule] = version_of(config.rule)
     elif config.scorer == "judge":
         if config.judge_prompt is not None:
@@ -90,8 +107,6 @@ def _pin_text(path: str, store: Store) -> Pinned:
 
 def _resolve_judge(config: ScoreConfig) -> tuple[ScoreConfig, dict[str, Pinned]]:
     """As name_served: without a name the servers are asked for their only model."""
-    if config.model is not None:
-        raise UsageError("a judge runs on servers, not from --model", where="--model", hint="--served-model NAME")
     if not config.server:
         raise UsageError("server is missing", where="--server", hint="--server http://host:8000/v1, for each server")
     from bnfctl.scorers import judge
@@ -134,7 +149,13 @@ def run(config: ScoreConfig, draft: Draft) -> dict[str, Any]:
             draft.provenance.update(one.provenance)
             progress.advance(one.records)
     parts.publish(draft.path / "rows")
-    return _measure(shards.read_rows(draft.path / "rows", ["reward"]))
+    summary = _measure(shards.read_rows(draft.path / "rows", ["reward"]))
+    null, count = summary["null_rewards"], summary["candidates"]
+    if null == count:
+        console.say('warning: no candidate has a reward; bnfctl show --rows 5 says why, under "extra"')
+    elif null:
+        console.say(f'{null} of {count} candidates have no reward; bnfctl show --rows says why, under "extra"')
+    return summary
 
 
 def _bounds(ids: Iterable[str]) -> list[int]:

@@ -66,6 +66,12 @@ def test_rules(
         ({"scorer": "judge"}, "--server"),
         ({"rule": "regex"}, "--pattern"),
         ({"scorer": "reward-model", "model": "none/such/folder"}, "--model"),
+        ({"rule": "exact", "pattern": "x"}, "--pattern"),
+        ({"rule": "exact", "max_length": 100}, "--max-length"),
+        ({"rule": "exact", "server": ("http://127.0.0.1:9/v1",)}, "--server"),
+        ({"scorer": "judge", "model": "lab"}, "--model"),
+        ({"scorer": "judge", "rule": "exact"}, "--rule"),
+        ({"scorer": "pairrm", "model": "lab", "engine": "vllm"}, "--engine"),
     ],
 )
 def test_a_wrong_flag_is_told_before_responses_are_imported(
@@ -90,10 +96,11 @@ def test_a_null_reward_is_counted_and_never_0(responses: Path, store: Store) -> 
     assert [row["reward"] for row in made.rows()][4:] == [None, None]
 
 
-def test_only_null_rewards_have_no_mean(store: Store, tmp_path: Path) -> None:
+def test_only_null_rewards_have_no_mean(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_jsonl(tmp_path / "open.jsonl", [{"prompt": "Say hi.", "responses": ["hi", "hello"]}])
     made = run(ScoreConfig(input=str(path), rule="exact"), store)
     assert made.manifest.summary == {"candidates": 2, "null_rewards": 2, "mean_reward": None}
+    assert "no candidate has a reward" in capsys.readouterr().err
 
 
 def test_what_was_read_stands_beside_the_reward(responses: Path, store: Store) -> None:
