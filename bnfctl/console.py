@@ -22,6 +22,9 @@ PLAIN_SECONDS = 30.0
 _stdout_fd: int | None = None
 _emitted = False
 _signal: int | None = None
+_signalled = 0.0
+_ONE_STOP_SECONDS = 1.0
+"""A scheduler's SIGTERM to every process reaches a child twice: at once, and through its parent."""
 
 
 def claim_stdout() -> None:
@@ -115,6 +118,10 @@ class Progress:
             self._task = self._live.add_task(self.unit, total=self.total, completed=self.done)
         return self
 
+    def restart(self) -> None:
+        """The rate counts from now: what came before was no work on the units (an engine was loaded)."""
+        self._first, self._start = self.done, time.monotonic()
+
     def advance(self, n: int = 1, note: str = "") -> None:
         self.done += n
         now = time.monotonic()
@@ -138,10 +145,13 @@ def catch_signals() -> None:
 
 
 def _on_signal(signum: int, frame: FrameType | None) -> None:
-    global _signal
+    global _signal, _signalled
+    now = time.monotonic()
+    if signum == signal.SIGTERM == _signal and now - _signalled < _ONE_STOP_SECONDS:
+        return
     if _signal is not None:
         os._exit(128 + signum)
-    _signal = signum
+    _signal, _signalled = signum, now
     say("stopping after the current shard or checkpoint; once more to leave at once")
 
 

@@ -40,6 +40,7 @@ class Decoding:
     trust_remote_code: bool = False
     chat_template_kwargs: tuple[str, ...] = ()
     tensor_parallel: int = 1
+    long_prompts: str = "error"
 
     def __post_init__(self) -> None:
         if self.n > 1 and self.temperature == 0:
@@ -56,7 +57,7 @@ class Decoding:
             n=config.n, temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens,
             seed=config.seed, chunk=config.chunk, dtype=config.dtype, gpu_memory=config.gpu_memory,
             trust_remote_code=config.trust_remote_code, chat_template_kwargs=config.chat_template_kwargs,
-            tensor_parallel=config.tensor_parallel,
+            tensor_parallel=config.tensor_parallel, long_prompts=config.long_prompts,
         )  # fmt: skip
 
 
@@ -147,17 +148,23 @@ def render(tokenizer: Any, prompt: Prompt, options: Mapping[str, Any]) -> list[i
 
 
 def requests(tokenizer: Any, context: int, prompts: Sequence[Prompt], decoding: Decoding) -> list[Request]:
-    """The prompts of a chunk, rendered, each with its own token limit and seed."""
+    """The prompts of a chunk, rendered, each with its own token limit and seed.
+
+    context: the engine's, which may be smaller than the model's.  Of a prompt that fills it: UsageError, or no request
+    where `decoding.long_prompts` is "drop".
+    """
     made = []
     options = template_kwargs(decoding.chat_template_kwargs)
     for prompt in prompts:
         ids = render(tokenizer, prompt, options)
         room = context - len(ids)
+        if room < 1 and decoding.long_prompts == "drop":
+            continue
         if room < 1:
             raise UsageError(
-                f"prompt {prompt.id} has {len(ids)} tokens; the context is {context}",
+                f"prompt {prompt.id} has {len(ids)} tokens; the engine's context is {context}",
                 where=prompt.where or prompt.id,
-                hint="shorten the prompt",
+                hint="--long-prompts drop leaves it out; a larger --gpu-memory or --tensor-parallel may make room",
             )
         seed = prompt_seed(decoding.seed, prompt.id)
         made.append(Request(prompt.id, ids, min(decoding.max_tokens, room), seed))

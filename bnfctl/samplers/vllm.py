@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bnfctl import console
-from bnfctl.data.chat import load_tokenizer, stop_ids
+from bnfctl.data.chat import context_length, load_tokenizer, stop_ids
 from bnfctl.data.records import Candidate
 from bnfctl.model.vllm import load_engine
 from bnfctl.samplers import Chunk, Decoding, Request, candidate, requests
@@ -46,6 +46,10 @@ class VLLMSampler:
         self._window = _AHEAD * int(self._engine.vllm_config.scheduler_config.max_num_seqs)
         self.version = f"vllm {self._vllm.__version__}"
         self.context = int(self._engine.model_config.max_model_len)
+        of_model = context_length(model_dir) or self.context
+        if self.context < of_model:
+            what = f"the GPU has memory for a context of {self.context} tokens; the model's is {of_model}"
+            console.say(f"{what}: responses may end sooner (--gpu-memory, --tensor-parallel)")
 
     def sample(
         self, chunks: Iterable[Chunk], decoding: Decoding | None = None

@@ -23,7 +23,7 @@ from bnfctl.data.sources import pin_data, read_prompts
 from bnfctl.errors import UsageError
 from bnfctl.model.source import model_dir, pin_model
 from bnfctl.model.threads import cpu_threads
-from bnfctl.options import as_json, from_json
+from bnfctl.options import as_json, from_json, refuse
 from bnfctl.samplers.file import FileSampler
 from bnfctl.stages import name_served
 from bnfctl.tables import SAMPLERS, load
@@ -31,6 +31,10 @@ from bnfctl.tables import SAMPLERS, load
 STAGE, VERSION = "generate", 1
 ENGINES = ("vllm", "hf")
 """The samplers that load the model here: on every GPU one."""
+
+_CLIENT = ("server", "served_model", "concurrency", "timeout", "retries", "api_key_env")
+_SAMPLED = ("model", "n", "temperature", "top_p", "max_tokens", "seed", "long_prompts", "dtype", "chat_template_kwargs",
+            "chunk", "sort", "shuffle_seed")  # fmt: skip
 
 _SPOOL = pa.schema(
     [("id", pa.string()), ("messages", shards.MESSAGES), ("answer", pa.string()), ("where", pa.string())]
@@ -43,9 +47,9 @@ def plan(config: GenerateConfig, store: Store) -> Plan:
     sampler = samplers.resolve(config.sampler)
     notes = (f"sampler: {sampler}",) if config.sampler == "auto" else ()
     config = dataclasses.replace(config, sampler=sampler)
+    _check_flags(config)
     if sampler != "server":  # which computes as it likes
         config = dataclasses.replace(config, dtype=machine.resolve_dtype(config.dtype))
-    _check_flags(config)
     inputs = {"prompts": pin_data(config.prompts, store, "--prompts", config.split)}
     if sampler == "server":
         config, unknown = name_served(config)
@@ -57,6 +61,10 @@ def plan(config: GenerateConfig, store: Store) -> Plan:
 
 def _check_flags(config: GenerateConfig) -> None:
     engine = config.sampler in ENGINES
+    if config.sampler != "server":
+        refuse(config, _CLIENT, f"is for --sampler server, not {config.sampler}")
+    if config.sampler == "file":
+        refuse(config, _SAMPLED, "is for sampling; --sampler file reads responses that exist")
     if engine and config.model is None:
         raise UsageError("model is missing", where="--model", hint="a hub id, a folder, a train artifact or lab")
     if config.sampler == "server" and not config.server:
@@ -122,14 +130,16 @@ def _sample(config: GenerateConfig, draft: Draft, folder: Path | None, prompts: 
         apart=config.sampler == "vllm" and machine.visible_gpus() > 0,
     )  # fmt: skip
     started, tokens = 0.0, 0
+    left = sum(_size(index, config.chunk, prompts) for index in todo)
+    bar = console.Progress(prompts, "prompts", prompts - left)
 
     def units() -> Iterator[int]:
         nonlocal started
         started = time.monotonic()  # the engine is loaded
+        bar.restart()
         yield from todo
 
-    left = sum(_size(index, config.chunk, prompts) for index in todo)
-    with console.Progress(prompts, "prompts", prompts - left) as bar:
+    with bar:
         for one in pool.run(job, units()) if todo else ():
             tokens += one.tokens
             draft.provenance.update(one.provenance)

@@ -60,8 +60,9 @@ def test_decoding_of_a_generate_config_takes_every_field() -> None:
     config = GenerateConfig(
         prompts="x", n=3, temperature=0.5, top_p=0.6, max_tokens=7, seed=8, chunk=9, dtype="float32", gpu_memory=0.4,
         trust_remote_code=True, chat_template_kwargs=("x=1",), tensor_parallel=2,
+        long_prompts="drop",
     )  # fmt: skip
-    wanted = samplers.Decoding(3, 0.5, 0.6, 7, 8, 9, "float32", 0.4, True, ("x=1",), 2)
+    wanted = samplers.Decoding(3, 0.5, 0.6, 7, 8, 9, "float32", 0.4, True, ("x=1",), 2, "drop")
     assert samplers.Decoding.of(config) == wanted
 
 
@@ -111,6 +112,8 @@ def test_a_prompt_needs_room_for_one_token(folder: Path) -> None:
     assert all(request.max_tokens == min(3, 40 - len(request.ids)) for request in made)
     with pytest.raises(UsageError):
         samplers.requests(tokenizer, 40, around, decoding())
+    dropped_here = samplers.requests(tokenizer, 40, around, decoding(long_prompts="drop"))
+    assert [request.prompt_id for request in dropped_here] == [one.id for one in kept]
 
 
 def test_arguments_of_the_chat_template_reach_every_rendering(tmp_path: Path) -> None:

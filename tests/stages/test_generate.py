@@ -234,12 +234,18 @@ def test_arguments_of_the_chat_template_are_in_the_key_and_in_the_prompt(
         assert tokenizer.decode(after["prompt_ids"]) == tokenizer.decode(before["prompt_ids"]) + "brief"
 
 
+FILE = {"sampler": "file", "model": None, "n": 5, "max_tokens": 4096, "chunk": 64}
+
+
 @pytest.mark.parametrize(
     ("changes", "where"),
     [
         ({"sampler": "server"}, "--server"),
         ({"sampler": "server", "server": ("http://127.0.0.1:9/v1",), "devices": 2}, "--devices"),
-        ({"sampler": "file", "devices": 2}, "--devices"),
+        ({**FILE, "devices": 2}, "--devices"),
+        ({**FILE, "model": "lab"}, "--model"),
+        ({**FILE, "temperature": 0.1}, "--temperature"),
+        ({"sampler": "hf", "server": ("http://127.0.0.1:9/v1",)}, "--server"),
         ({"tensor_parallel": 2}, "--tensor-parallel"),
         ({"sampler": "vllm", "tensor_parallel": 2}, "--tensor-parallel"),
         ({"devices": 3}, "--devices"),
@@ -260,10 +266,10 @@ def test_devices_servers_and_their_like_are_not_in_the_key(prompts: Path, policy
     def key(**changes: Any) -> str:
         return launch.plan("generate", asked(prompts, policy, **changes), store, lambda first: None).key
 
-    assert key(devices=2) == key(concurrency=3) == key(timeout=5.0) == key()
+    assert key(devices=2) == key()
     server: dict[str, Any] = {"sampler": "server", "served_model": "m"}
     first = key(**server, server=("http://a:1/v1",))
-    assert key(**server, server=("http://b:1/v1", "http://c:1/v1")) == first
+    assert key(**server, server=("http://b:1/v1", "http://c:1/v1"), concurrency=3, timeout=5.0) == first
     assert len({first, key(**{**server, "served_model": "other"}, server=("http://a:1/v1",)), key()}) == 3
     assert key(**server, server=("http://a:1/v1",), model=None) != first, "the model's tokenizer makes ids"
 
