@@ -16,13 +16,15 @@ import httpx
 
 from bnfctl import console
 from bnfctl.client.answers import Answers
-from bnfctl.client.requests import MalformedError, Request
+from bnfctl.client.requests import MalformedError, Request, about_content
 from bnfctl.client.servers import FailureError, RefusedError, Server, Servers, check_answer, message_of
 from bnfctl.errors import BnfctlError
 
 POLL = 0.1
 """Seconds between two looks at whether to stop."""
 _REFUSALS = (400, 413, 422)
+_FORBIDDEN = 403
+"""A wrong key; but also how some servers refuse a text."""
 
 Item = tuple[str, dict[str, Any]]
 """(key of a request, its answer)"""
@@ -182,8 +184,10 @@ class Network:
 
     async def _send(self, http: httpx.AsyncClient, server: Server, request: Request) -> dict[str, Any]:
         response = await self._exchange(http, server.url + request.path, request.body)
-        if request.may_refuse and response.status_code in _REFUSALS:
-            return {"refused": f"{response.status_code} {self._shown(message_of(response))}"}
+        if request.may_refuse and response.status_code in (*_REFUSALS, _FORBIDDEN):
+            message = message_of(response)
+            if response.status_code != _FORBIDDEN or about_content(message):
+                return {"refused": f"{response.status_code} {self._shown(message)}"}
         found = self._checked(response)
         try:
             return request.read(found)

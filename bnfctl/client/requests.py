@@ -19,10 +19,27 @@ VLLM_NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_p
 
 
 _TOO_LONG = re.compile(
-    r"^413\b|context|max_tokens|token limit|maximum number of tokens|too long|too large|too many tokens", re.IGNORECASE
+    r"^413\b|context|max_(completion_)?tokens|token limit|maximum number of tokens|too long|too large|too many tokens",
+    re.IGNORECASE,
 )
 _UNKNOWN = re.compile(r"unsupported|not supported|unrecognized|unknown|not permitted", re.IGNORECASE)
 """Of a refusal that is about a parameter as such: some servers know no max_tokens, whatever the length."""
+_CONTENT_CODE = re.compile(
+    r"content.?(filter|polic)|responsible.?ai.?polic|invalid_prompt|moderation|safety|prohibited.?content|data_?inspection",
+    re.IGNORECASE,
+)
+"""What OpenAI, Azure, Google, Alibaba and those between call the refusal of a text, as the error's code or type."""
+_CONTENT = re.compile(
+    r"content.?(filter|polic|management)|moderation|safety|flagged|(usage|acceptable use) (guideline|polic)"
+    r"|content exists risk|inappropriate content|(sensitive|unsafe|prohibited) content",
+    re.IGNORECASE,
+)
+"""The same in words, for servers that give no code of their own."""
+_NOT_CONTENT = re.compile(r"unsupported|not supported|unrecognized|unknown|\baccount|\borgani[sz]ation", re.IGNORECASE)
+"""A parameter with such a name, or a client that is no longer served: the same for every prompt."""
+_CONTENT_MARK = " (the text is refused: "
+LIMIT_NAMES = ("max_tokens", "max_completion_tokens")
+"""What the most tokens of a response are called: by nearly all servers, and by models that take only the newer name."""
 
 
 class MalformedError(Exception):
@@ -65,6 +82,25 @@ def hashed_seed(*what: Any) -> int:
 def too_long(refusal: str) -> bool:
     """Whether a server refuses a request for its length (each engine has its own words for it)."""
     return _TOO_LONG.search(refusal) is not None and _UNKNOWN.search(refusal) is None
+
+
+def with_code(message: str, error: Any) -> str:
+    """A server's message, with the code that says that it refuses a text, if the error (JSON) has one."""
+    inner = error.get("innererror") if isinstance(error, dict) else None
+    parts = [part for part in (error, inner) if isinstance(part, dict)]
+    codes = [part[name] for part in parts for name in ("code", "type") if isinstance(part.get(name), str)]
+    code = next((code for code in codes if _CONTENT_CODE.search(code)), None)
+    return message if code is None else f"{message}{_CONTENT_MARK}{code[:80]})"
+
+
+def about_content(refusal: str) -> bool:
+    """Whether a server refuses a request for what this prompt says: others it will take.  refusal: by `with_code`."""
+    return _CONTENT_MARK in refusal or (_CONTENT.search(refusal) is not None and _NOT_CONTENT.search(refusal) is None)
+
+
+def wants_new_limit(refusal: str) -> bool:
+    """Whether a server refuses a request because its model does not know the first of LIMIT_NAMES."""
+    return LIMIT_NAMES[0] in refusal and _UNKNOWN.search(refusal) is not None
 
 
 def read_chat(answer: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from bnfctl import console
+from bnfctl.client.requests import with_code
 from bnfctl.errors import BnfctlError, UsageError
 
 DEFAULT_KEY = "OPENAI_API_KEY"
@@ -174,13 +175,14 @@ def message_of(response: httpx.Response) -> str:
     """What the server says about an error, in one line."""
     try:
         found: Any = response.json()
+        error = found
         for name in ("error", "message", "detail"):
             if isinstance(found, dict) and found.get(name):
-                found = found[name]
+                error, found = found, found[name]
         text = found if isinstance(found, str) else str(found)
     except ValueError:
-        text = response.text
-    return " ".join(text.split())[:500] or response.reason_phrase
+        error, text = None, response.text
+    return with_code(" ".join(text.split())[:500] or response.reason_phrase, error)
 
 
 def _retry_after(response: httpx.Response) -> float | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -50,6 +51,8 @@ _COLUMNS = [
     *(f"{side}_{name}" for side in SIDES for name in ("text", "reward")),
 ]
 _BATCH = 1024
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip")
+"""Of a file's name that promises what no export writes."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def export(artifact: Artifact, path: Path, layout: str, force: bool) -> Export:
         raise UsageError(what, where="--format", hint=f"one of: {', '.join(SCHEMAS)}")
     path = path.expanduser().resolve()  # neither a ".." nor a link leads into the store
     ending = path.suffix.lower()
-    if ending in FILE_ENDINGS and ending not in (".parquet", ".jsonl"):
+    if ending in _COMPRESSED or (ending in FILE_ENDINGS and ending not in (".parquet", ".jsonl")):
         raise UsageError(f"cannot write {ending}", where="PATH", hint="FILE.parquet, FILE.jsonl or a folder")
     _check_free(path, artifact.path.resolve().parent.parent, force)
     counts: Counter[str] = Counter()
@@ -99,6 +102,7 @@ def export(artifact: Artifact, path: Path, layout: str, force: bool) -> Export:
     except OSError as error:  # pyarrow's does not say which file
         hint = "check the path, its permissions and the free disk"
         raise BnfctlError(f"cannot write: {error.strerror or error}", where=str(path), hint=hint) from error
+    _clear_leftovers(path)
     skipped = counts.pop("skipped", 0)
     return Export(str(path), counts.total(), dict(sorted(counts.items(), reverse=True)), skipped)
 
@@ -106,7 +110,7 @@ def export(artifact: Artifact, path: Path, layout: str, force: bool) -> Export:
 def _check_free(path: Path, home: Path, force: bool) -> None:
     if home in (path, *path.parents):
         raise UsageError("this is inside the artifact store", where=str(path), hint="choose another PATH")
-    if not path.exists():
+    if not path.exists() or (path.is_dir() and path.suffix.lower() not in FILE_ENDINGS and not any(path.iterdir())):
         return
     if not force:
         raise UsageError("something is there already", where=str(path), hint="--force replaces it")
@@ -114,6 +118,28 @@ def _check_free(path: Path, home: Path, force: bool) -> None:
         raise UsageError(
             "this folder holds more than an export", where=str(path), hint="--force replaces only what export wrote"
         )
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove what killed exports to the same place left beside it: after a new one is whole, so nothing is lost."""
+    for file in path.parent.iterdir():
+        found = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)(\.old)?\.tmp", file.name)
+        if found is None or _is_alive(int(found[1])):
+            continue
+        if file.is_dir():
+            shutil.rmtree(file, ignore_errors=True)
+        else:
+            file.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def _is_export(folder: Path) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bnfctl import console
 from bnfctl.data.jsonl import read_jsonl, read_lines, without_surrogates
 from bnfctl.errors import UsageError, nearest
 
@@ -34,12 +35,13 @@ _SPLIT_WORDS = {
 """The words in a file's name that `datasets` takes for a split."""
 
 
-def read_path(path: Path, split: str, subset: str | None) -> Rows:
+def read_path(path: Path, split: str, subset: str | None, again: bool = False) -> Rows:
     """The rows of a file, whatever its split is called, or of one split (`train+test` joins some) of a folder.
 
-    A file is read by its ending: .parquet, .csv, .tsv, else JSON Lines.  UsageError names file and row.
+    A file is read by its ending: .parquet, .csv, .tsv, else JSON Lines.  Where a folder has more than the default split,
+    that is said on stderr, but not when it is read `again`.  UsageError names file and row.
     """
-    for file in _split_files(path, split, subset) if path.is_dir() else [path]:
+    for file in _split_files(path, split, subset, again) if path.is_dir() else [path]:
         yield from _READERS.get(file.suffix.lower(), read_jsonl)(file)
 
 
@@ -121,7 +123,11 @@ _READERS: dict[str, Callable[[Path], Rows]] = {
     ".parquet": read_parquet, ".arrow": read_arrow, ".csv": read_csv, ".tsv": read_csv,
 }  # fmt: skip
 FILE_ENDINGS = (*_READERS, ".jsonl", ".json", ".ndjson")
-_FOLDER_ENDINGS = (".parquet", ".jsonl", ".csv", ".tsv")
+_FOLDER_ENDINGS = (".parquet", ".jsonl", ".csv", ".tsv", ".ndjson", ".json")
+"""The first of which there are files is what the folder holds."""
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""What `datasets` writes beside the rows."""
+_DEFAULT_SPLIT = "train"
 
 
 def _batches(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Rows:
@@ -157,7 +163,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _split_files(folder: Path, split: str, subset: str | None) -> list[Path]:
+def _split_files(folder: Path, split: str, subset: str | None, again: bool) -> list[Path]:
     """The files of one split, in order; UsageError lists the splits that are there."""
     if subset is not None:
         if not (folder / subset).is_dir():
@@ -171,6 +177,10 @@ def _split_files(folder: Path, split: str, subset: str | None) -> list[Path]:
         if name not in splits:
             hint = f"--split {'+'.join(splits)}"
             raise UsageError(f"no split '{name}'{nearest(name, splits)}", where=str(folder), hint=hint)
+    unread = [name for name, files in splits.items() if not any(files == splits[one] for one in wanted)]
+    if unread and split == _DEFAULT_SPLIT and not again:
+        joined = "+".join([split, *unread])
+        console.say(f"{folder}: only split {split} is read, not {', '.join(unread)}: --split {joined} reads all")
     return [file for name in wanted for file in splits[name]]
 
 
@@ -222,7 +232,7 @@ def _named_splits(folder: Path) -> dict[str, list[Path]]:
         splits: dict[str, list[Path]] = {}
         for file in sorted(folder.rglob(f"*{ending}")):
             inside = file.relative_to(folder)
-            if file.is_file() and not any(part.startswith(".") for part in inside.parts):
+            if file.is_file() and file.name not in _ABOUT and not any(part.startswith(".") for part in inside.parts):
                 splits.setdefault(_split_of(inside), []).append(file)
         if splits:
             return splits

@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bnfctl import console
 from bnfctl.config import BuildConfig
 
 REASONS = ("", "no_reward", "filter_no_reward", "filter", "empty", "cut", "length")
@@ -57,6 +58,23 @@ def codes(config: BuildConfig, text: pa.Array, finish: pa.Array, rewarded: pa.Ar
         if mask is not unknown:
             found[pc.fill_null(mask, False).to_numpy(zero_copy_only=False)] = code
     return found
+
+
+class Endings:
+    """Whether any response says how it ended: without that, `--drop-cut` changes nothing, which nobody would see."""
+
+    def __init__(self) -> None:
+        self._seen = self._known = 0
+
+    def add(self, finish: pa.Array) -> None:
+        """finish: the finish reasons of some responses."""
+        self._seen += len(finish)
+        self._known += len(finish) - finish.null_count
+
+    def say(self, config: BuildConfig) -> None:
+        """After the last response: a line on stderr, if there is reason for one."""
+        if config.drop_cut and self._seen and not self._known:
+            console.say("no response says how it ended: --drop-cut leaves nothing out")
 
 
 def _outside(values: pa.Array, low: float | None, high: float | None) -> pa.Array:

@@ -23,14 +23,17 @@ def records(config: BuildConfig, found: Iterable[Found], counts: Counter[str]) -
     A set's labels are taken at their word: a pair without a margin is dropped only where `--min-margin` asks for one
     and both rewards are known.
     """
-    rest = islice(found, config.limit)
+    rest, endings = islice(found, config.limit), filters.Endings()
     while batch := list(islice(rest, _BATCH)):
         counts["rows"] += len(batch)
-        yield pa.Table.from_pylist(list(_rows(config, batch, counts)), schema=pairing.SCHEMA)
+        yield pa.Table.from_pylist(list(_rows(config, batch, counts, endings)), schema=pairing.SCHEMA)
+    endings.say(config)
 
 
-def _rows(config: BuildConfig, batch: Sequence[Found], counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    keeps = _keeps(config, batch, counts)
+def _rows(
+    config: BuildConfig, batch: Sequence[Found], counts: Counter[str], endings: filters.Endings
+) -> Iterator[dict[str, Any]]:
+    keeps = _keeps(config, batch, counts, endings)
     whole = []
     for one in batch:
         kept = [next(keeps) for _ in one.sides]
@@ -50,11 +53,14 @@ def _rows(config: BuildConfig, batch: Sequence[Found], counts: Counter[str]) -> 
             counts[f"dropped_{first}"] += 1
 
 
-def _keeps(config: BuildConfig, batch: Sequence[Found], counts: Counter[str]) -> Iterator[bool]:
+def _keeps(
+    config: BuildConfig, batch: Sequence[Found], counts: Counter[str], endings: filters.Endings
+) -> Iterator[bool]:
     """Whether each response of the batch takes part: record by record, side by side."""
     candidates = [one.group.candidates[index] for one in batch for index, _ in one.sides.values()]
     text = pa.array([candidate.text for candidate in candidates], pa.string())
     finish = pa.array([candidate.finish_reason for candidate in candidates], pa.string())
+    endings.add(finish)
     for code in filters.codes(config, text, finish, pa.array([True] * len(text)), None).tolist():
         if code:
             counts[f"left_out_{filters.REASONS[code]}"] += 1

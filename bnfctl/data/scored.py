@@ -84,16 +84,20 @@ def records(
     rewards = [Rewards(artifact) for artifact in scores]
     passes = Rewards(gate) if gate is not None else None
     tables = (shards.read_table(path, COLUMNS) for path in candidates.shards())
+    endings = filters.Endings()
     for table in whole_prompts(tables):
         found = [each.next(table) for each in rewards]
         block = _Block(config, table, found, passes.next(table) if passes else None, counts)
+        endings.add(block.column("finish_reason"))
         proposals = block.proposals()
         while batch := list(islice(proposals, _RECORDS)):
             yield block.take(batch)
         if counts["prompts"] == config.limit:
-            return
-    for each in (*rewards, *([passes] if passes else [])):
-        each.end()
+            break
+    else:
+        for each in (*rewards, *([passes] if passes else [])):
+            each.end()
+    endings.say(config)
 
 
 Proposal = tuple[int, int | None, int | None]

@@ -15,13 +15,17 @@ from bnfctl.config import GenerateConfig
 from bnfctl.data.files import FILE_ENDINGS, read_path
 from bnfctl.data.records import Message, Prompt
 from bnfctl.data.rows import PROMPT_ID, Seen, as_messages, column_of, given_id, is_missing, pick, prompt_id
-from bnfctl.errors import UsageError
+from bnfctl.errors import UsageError, nearest
 from bnfctl.options import fingerprint
 from bnfctl.tables import PROMPTS, load
 
 
 def pin_data(ref: str, store: Store, where: str, split: str = "train") -> Pinned:
-    """The data behind `ref`, by the content of the file or folder, the commit of the hub data set, or the lab's rows."""
+    """The data behind `ref`, by the content of the file or folder, the commit of the hub data set, or the lab's rows.
+
+    where: the flag that names it; INPUT, of build, may be an artifact too, so names of such are suggested, and not the
+    lab, which has prompts only.  UsageError where there is nothing.
+    """
     path = Path(ref).expanduser()
     if path.exists():
         kind = "folder" if path.is_dir() else "file"
@@ -39,8 +43,14 @@ def pin_data(ref: str, store: Store, where: str, split: str = "train") -> Pinned
         commit, why = hub.commit_of(ref, "dataset")
         name, _ = hub.split_revision(ref)
         return Pinned("hub-data", f"{name}@{commit}" if commit else ref, commit, None, why or None)
-    hint = "a JSONL file, Parquet, CSV, a folder saved by datasets, a hub data set (owner/name) or lab:chat"
-    raise UsageError(f"no such file '{ref}'", where=where, hint=hint)
+    hint = "a JSONL file, Parquet, CSV, a folder saved by datasets, a hub data set (owner/name)"
+    if where != "INPUT":
+        raise UsageError(f"no such file '{ref}'", where=where, hint=f"{hint} or lab:chat")
+    hint = f"{hint} or scores (bnfctl ls score)"
+    if path.suffix.lower() in FILE_ENDINGS:
+        raise UsageError(f"no such file '{ref}'", where=where, hint=hint)
+    close = nearest(ref, [*store.names(), *(artifact.ref for artifact in store.artifacts())])
+    raise UsageError(f"no such file or artifact '{ref}'{close}", where=where, hint=hint)
 
 
 def read_rows(pinned: Pinned, split: str, subset: str | None) -> Iterator[tuple[str, dict[str, Any]]]:

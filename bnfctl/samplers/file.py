@@ -54,7 +54,7 @@ def read_responses(path: Path, config: GenerateConfig | None = None) -> Iterator
     rows_left = _rows_per_prompt(path, config)
     order = deque(rows_left)
     held: dict[str, tuple[Prompt, list[Candidate]]] = {}
-    for where, row in read_path(path, config.split, config.subset):
+    for where, row in read_path(path, config.split, config.subset, again=True):
         prompt = _prompt(row, where, config)
         if not rows_left.get(prompt.id):
             raise UsageError("the file changed while it was read", where=where, hint="the same command reads it again")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bnfctl import console
 from bnfctl.client import requests as calls
 from bnfctl.client.served import check_tokenizer, connect, served
 from bnfctl.client.servers import Backoff
@@ -25,6 +26,8 @@ from bnfctl.samplers import UNBOUNDED, Chunk, Decoding, Request, candidate, prom
 
 Tag = tuple[int, int, int, int]
 """(chunk, prompt in the chunk, first sample, how many samples) of a request."""
+_TOLD = 3
+"""Refused prompts that are told one by one; then their number."""
 
 
 class ServerSampler:
@@ -36,6 +39,10 @@ class ServerSampler:
         """answers: the file that keeps what was answered, so that nothing is asked twice."""
         self.config, self.decoding = config, Decoding.of(config)
         self.client = connect(config, answers, backoff)
+        self.refused = 0
+        """Requests that were refused for what their prompts say."""
+        self.limit_name = calls.LIMIT_NAMES[0]
+        """The other one as soon as the model refuses this one."""
         self.served = served(self.client, config.served_model)
         self.version = self.served.version
         self.context = self.served.context or UNBOUNDED
@@ -51,8 +58,8 @@ class ServerSampler:
 
     @property
     def usage(self) -> dict[str, int]:
-        """Requests, retries, tokens: for provenance."""
-        return self.client.usage
+        """Requests, retries, tokens, refusals: for provenance."""
+        return {**self.client.usage, "refused": self.refused}
 
     def _know(self, model_dir: Path) -> None:
         if not self.served.vllm:
@@ -70,13 +77,16 @@ class ServerSampler:
     ) -> Iterator[tuple[int, list[Candidate]]]:
         """As the protocol says; requests of several chunks are in flight together, one per prompt.
 
-        With `--long-prompts drop`, a prompt that leaves no room for a response has no candidates.
+        With `--long-prompts drop`, a prompt that leaves no room for a response has no candidates; nor has one whose
+        content the server refuses, which is said and counted.
         """
-        work = _Work(self, decoding or self.decoding)
+        work, before = _Work(self, decoding or self.decoding), self.refused
         for tag, answer in self.client.ask(work.pull(chunks)):
             work.take(tag, answer)
             if (done := work.pop_whole(tag[0])) is not None:
                 yield tag[0], done
+        if (refused := self.refused - before) > _TOLD:
+            console.say(f"{refused} requests were refused for their content: those prompts have no response")
 
 
 @dataclass
@@ -119,6 +129,8 @@ class _Work:
         self.options = template_kwargs(decoding.chat_template_kwargs)
         self.chunks: dict[int, list[_Job]] = {}
         self.more: deque[calls.Request] = deque()
+        self.renamed: set[Tag] = set()
+        """Asked again under the other name of max_tokens."""
 
     def pull(self, chunks: Iterable[Chunk]) -> Iterator[calls.Request | calls.Known | None]:
         """A call per prompt, and first of all those that earlier answers asked for."""
@@ -161,10 +173,16 @@ class _Work:
         return [made for job in self.chunks.pop(index) for made in job.candidates(self.sampler)]
 
     def _refused(self, job: _Job, tag: Tag, message: str) -> None:
-        """Ask in another way: for as much as the context leaves, or one by one; else it is an error."""
+        """Ask in another way: under another name, for as much as the context leaves, or one by one; else an error."""
         index, place, first, count = tag
         long = calls.too_long(message)
-        if long and job.rendered is None and job.bounded:
+        if tag not in self.renamed and job.rendered is None and calls.wants_new_limit(message):
+            self.renamed.add(tag)
+            self.sampler.limit_name = calls.LIMIT_NAMES[1]
+            self._again(job, tag)
+        elif calls.about_content(message):
+            self._drop(job, message)
+        elif long and job.rendered is None and job.bounded:
             job.bounded = False
             self._again(job, tag)
         elif not long and count > 1:
@@ -175,6 +193,13 @@ class _Work:
                 f"the server refuses prompt {job.prompt.id}: {message}", where=job.prompt.where or job.prompt.id,
                 hint="shorten the prompt, or leave such prompts out: --long-prompts drop" if long else None,
             )  # fmt: skip
+
+    def _drop(self, job: _Job, message: str) -> None:
+        """Another prompt may well be taken, so the run goes on without this one."""
+        self.sampler.refused += 1
+        if self.sampler.refused <= _TOLD:
+            place = job.prompt.where or job.prompt.id
+            console.say(f"{place}: the server refuses the content of prompt {job.prompt.id}, no response: {message}")
 
     def _again(self, job: _Job, tag: Tag) -> None:
         job.left += 1
@@ -216,7 +241,7 @@ class _Work:
             return calls.Request(tag, calls.COMPLETIONS, body, calls.read_completion, may_refuse=True)
         body["messages"] = without_surrogates(list(job.prompt.messages))
         if job.bounded:
-            body["max_tokens"] = decoding.max_tokens
+            body[self.sampler.limit_name] = decoding.max_tokens
         if self.options:
             body["chat_template_kwargs"] = self.options
         return calls.Request(tag, calls.CHAT, body, calls.read_chat, may_refuse=True)

@@ -2,8 +2,8 @@
 
 Pairwise, the reward of response i among n is the mean over the others of w(i, j): 1 where both orders prefer i, 0 where
 both prefer j, else 0.5.  Responses that are the same text tie without a question.  A pair one of whose answers holds no
-verdict (or was too long for the judge) is left out of the mean; a response without a decided pair has a null reward.
-Pointwise, the reward is the number from 1 to 10 that the judge gives, null where there is none.
+verdict (or was refused, as too long or for its content) is left out of the mean; a response without a decided pair has a
+null reward.  Pointwise, the reward is the number from 1 to 10 that the judge gives, null where there is none.
 """
 
 from __future__ import annotations
@@ -14,13 +14,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bnfctl.client.requests import CHAT, VLLM_NEUTRAL, Known, Request, hashed_seed, read_chat, too_long
+from bnfctl import console
+from bnfctl.client.requests import (
+    CHAT,
+    LIMIT_NAMES,
+    VLLM_NEUTRAL,
+    Known,
+    Request,
+    about_content,
+    hashed_seed,
+    read_chat,
+    too_long,
+    wants_new_limit,
+)
 from bnfctl.client.served import connect, served
 from bnfctl.client.servers import Backoff, api_key, check_urls
+from bnfctl.client.texts import fill
 from bnfctl.config import ScoreConfig
 from bnfctl.data.records import Group, Reward
 from bnfctl.errors import BnfctlError
-from bnfctl.scorers.verdicts import fill, readable, score, template, verdict, wins
+from bnfctl.scorers.verdicts import readable, score, template, verdict, wins
 
 Question = tuple[int, int | None]
 """(index of response A, of response B), or (index of the response, None)."""
@@ -47,44 +60,69 @@ class JudgeScorer:
         self.served = served(self.client, config.served_model)
         self.version = self.served.version
         self.failures = 0
-        """Answers without a verdict, and questions that were too long for the judge."""
+        """Answers without a verdict, and questions that the judge did not take."""
+        self.refused = 0
+        """Those that were refused for what they say."""
+        self.limit_name = LIMIT_NAMES[0]
+        """The other one as soon as the model refuses this one."""
 
     @property
     def usage(self) -> dict[str, int]:
         """Requests, retries, tokens, answers without a verdict: for provenance."""
-        return {**self.client.usage, "parse_failures": self.failures}
+        return {**self.client.usage, "parse_failures": self.failures, "refused": self.refused}
 
     def score(self, groups: Iterable[Group]) -> Iterator[list[Reward]]:
         """As the protocol says; the questions of several groups are in flight together."""
         under_way: deque[_Judged] = deque()
-        for (judged, question), answer in self.client.ask(self._questions(groups, under_way)):
-            if question is not None:
+        again: deque[Request] = deque()
+        before = self.refused
+        for (judged, question), answer in self.client.ask(self._questions(groups, under_way, again)):
+            if question is not None and self._renames(judged, question, answer):
+                again.append(self._request(judged, question))
+            elif question is not None:
                 judged.answers[question] = self._accepted(judged, answer)
             while under_way and under_way[0].whole:
                 rewards, failures = under_way.popleft().rewards()
                 self.failures += failures
                 yield rewards
+        if refused := self.refused - before:
+            console.say(f"the judge refused the content of {refused} questions: see `refused` in the rows' extra")
+
+    def _renames(self, judged: _Judged, question: Question, answer: dict[str, Any]) -> bool:
+        """Whether the question is to be asked again, under the other name of max_tokens."""
+        if question in judged.renamed or not wants_new_limit(answer.get("refused", "")):
+            return False
+        judged.renamed.add(question)
+        self.limit_name = LIMIT_NAMES[1]
+        return True
 
     def _accepted(self, judged: _Judged, answer: dict[str, Any]) -> dict[str, Any]:
-        """A question that is too long for the judge gets no reward; any other refusal would be the same for all."""
-        if "refused" in answer and not too_long(answer["refused"]):
+        """A question that is too long, or refused for what it says, gets no reward; another refusal is one of all."""
+        refusal = answer.get("refused")
+        if refusal is not None and about_content(refusal):
+            self.refused += 1
+        elif refusal is not None and not too_long(refusal):
             prompt = judged.group.prompt
             raise BnfctlError(
-                f"the judge refuses prompt {prompt.id}: {answer['refused']}", where=", ".join(self.client.urls),
+                f"the judge refuses prompt {prompt.id}: {refusal}", where=", ".join(self.client.urls),
                 hint="see --served-model, --judge-tokens and --judge-temperature",
             )  # fmt: skip
         return answer
 
-    def _questions(self, groups: Iterable[Group], under_way: deque[_Judged]) -> Iterator[Request | Known | None]:
+    def _questions(
+        self, groups: Iterable[Group], under_way: deque[_Judged], again: deque[Request]
+    ) -> Iterator[Request | Known | None]:
         for group in groups:
-            while len(under_way) >= _AHEAD * self.config.concurrency:
-                yield None
+            while again or len(under_way) >= _AHEAD * self.config.concurrency:
+                yield again.popleft() if again else None
             judged = _Judged(group, _questions(group, self.config.judge_mode))
             under_way.append(judged)
             if not judged.questions:
                 yield Known((judged, None), {})
             for question in judged.questions:
                 yield self._request(judged, question)
+        while under_way:
+            yield again.popleft() if again else None
 
     def _request(self, judged: _Judged, question: Question) -> Request:
         texts = judged.texts(question)
@@ -92,7 +130,7 @@ class JudgeScorer:
             "model": self.served.name,
             "messages": [{"role": "user", "content": fill(self.instructions, texts)}],
             "temperature": self.config.judge_temperature,
-            "max_tokens": self.config.judge_tokens,
+            self.limit_name: self.config.judge_tokens,
             "seed": hashed_seed(texts),
             **(VLLM_NEUTRAL if self.served.vllm else {}),
         }
@@ -114,6 +152,8 @@ class _Judged:
     group: Group
     questions: list[Question]
     answers: dict[Question, dict[str, Any]] = field(default_factory=dict)
+    renamed: set[Question] = field(default_factory=set)
+    """Asked again under the other name of max_tokens."""
 
     @property
     def whole(self) -> bool:

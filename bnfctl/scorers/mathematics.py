@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import threading
 from functools import lru_cache
-from importlib.metadata import version as installed_version
 from typing import Any
 
 from bnfctl.config import ScoreConfig
+from bnfctl.data import math_library
 from bnfctl.data.records import Prompt, Reward
-from bnfctl.errors import UsageError
 from bnfctl.scorers.numbers import marked_answer
 
 VERSION = "1"
 """Of this file: another one may give other rewards."""
-SECONDS = 5
-"""Longest reading, and longest comparison: a tower of powers would take for ever."""
+_FLAG = "--rule"
 
 _DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed")
 _UNIT = re.compile(
@@ -32,8 +28,7 @@ _MATHEMATICAL = re.compile(r"[\d\\]")
 
 def version() -> str:
     """Of this file and of the library, for the key.  UsageError where the library is missing."""
-    _library()
-    return f"{VERSION}, math-verify {installed_version('math-verify')}"
+    return f"{VERSION}, {math_library.version(_FLAG)}"
 
 
 def math_verify(prompt: Prompt, response: str, config: ScoreConfig) -> Reward:
@@ -44,8 +39,7 @@ def math_verify(prompt: Prompt, response: str, config: ScoreConfig) -> Reward:
     found no end.  It can be stopped in a process's main thread only; in another thread it runs as long as it likes.
     Raises UsageError where the library is missing.
     """
-    library = _library()
-    seconds = SECONDS if threading.current_thread() is threading.main_thread() else None
+    library, seconds = math_library.library(_FLAG), math_library.seconds()
     try:
         gold = _gold(prompt.answer, seconds) if prompt.answer is not None else None
         if gold is None:
@@ -78,22 +72,9 @@ def _delimited(answer: str) -> str:
 
 
 def _read(text: str, seconds: int | None) -> list[Any]:
-    library = _library()
+    library = math_library.library(_FLAG)
     try:
         found: list[Any] = library.parse(text, parsing_timeout=seconds, raise_on_error=True)
     except Exception:
         return []
     return found
-
-
-@lru_cache(maxsize=1)
-def _library() -> Any:
-    try:
-        import math_verify
-        import math_verify.errors
-    except ImportError as error:
-        raise UsageError(
-            f"math-verify cannot be imported: {error}", where="--rule", hint="pip install 'bnfctl[math]'"
-        ) from error
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns where its timeout is off, with whole texts
-    return math_verify

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from bnfctl.client.texts import CLOSE, OPEN, visible
 from bnfctl.data.records import Candidate, Group, Reward
 
 if TYPE_CHECKING:
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 UNCLOSED = {"thinking": "unclosed"}
 """`extra` of a response that was still thinking where it ends: nothing of it can be scored."""
-_OPEN, _CLOSE = "<think>", "</think>"
-_BLOCK = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
 class WithoutThinking:
@@ -33,7 +31,7 @@ class WithoutThinking:
         """As Scorer."""
         seen: deque[list[str | None]] = deque()
 
-        def visible() -> Iterator[Group]:
+        def shown() -> Iterator[Group]:
             for group in groups:
                 texts = visible_texts(group.candidates)
                 seen.append(texts)
@@ -45,7 +43,7 @@ class WithoutThinking:
             while seen and all(text is None for text in seen[0]):
                 yield [Reward(None, dict(UNCLOSED)) for _ in seen.popleft()]
 
-        for rewards in self.scorer.score(visible()):
+        for rewards in self.scorer.score(shown()):
             yield from skipped()
             left = iter(rewards)
             yield [Reward(None, dict(UNCLOSED)) if text is None else next(left) for text in seen.popleft()]
@@ -57,23 +55,17 @@ def visible_texts(candidates: Sequence[Candidate]) -> list[str | None]:
 
     Some chat templates open the block in the prompt: responses to it begin inside, with only its end in them.  Where
     one of a prompt's responses does, those that have no end at all never got out.
+
+    The limit of this: where all responses to a prompt were cut off inside such a block, no text tells thinking from an
+    answer, and it is kept as one.  A higher --max-tokens avoids it, and `build --drop-cut` leaves such responses out.
     """
     texts = [candidate.text for candidate in candidates]
     inside = any(_begins_inside(text) for text in texts)
-    return [None if inside and _CLOSE not in text else _shown(text) for text in texts]
+    return [None if inside and CLOSE not in text else visible(text) for text in texts]
 
 
 def _begins_inside(text: str) -> bool:
-    return _CLOSE in text.split(_OPEN, 1)[0]
-
-
-def _shown(text: str) -> str | None:
-    """The text without its blocks; a block that is left open takes all that follows it."""
-    shown = _BLOCK.sub("", _OPEN + text if _begins_inside(text) else text)
-    before, opened, _ = shown.partition(_OPEN)
-    if opened and not before.strip():
-        return None
-    return text if before == text else before.lstrip()
+    return CLOSE in text.split(OPEN, 1)[0]
 
 
 def _visible(candidates: Sequence[Candidate], texts: Sequence[str | None]) -> tuple[Candidate, ...]:

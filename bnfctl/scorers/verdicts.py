@@ -5,12 +5,10 @@ A verdict is read strictly, from the last place that has one; what has none is N
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
-from bnfctl.data.jsonl import without_surrogates
+from bnfctl.client.texts import said
 from bnfctl.data.records import Prompt
 from bnfctl.errors import UsageError, nearest
 
@@ -99,17 +97,6 @@ def template(path: str | None, mode: str) -> str:
     return text
 
 
-def fill(instructions: str, values: Mapping[str, str]) -> str:
-    """The instructions with the texts in place, in one pass: braces in a text stay what they are.
-
-    {mark} becomes a code that depends on the texts, so that no text can forge where it ends.
-    """
-    texts = {name: without_surrogates(text) for name, text in values.items()}
-    joined = "\0".join(f"{name}\0{text}" for name, text in sorted(texts.items()))
-    texts["mark"] = hashlib.sha256(joined.encode()).hexdigest()[:10]
-    return _PLACEHOLDER.sub(lambda match: texts[match[1]], instructions)
-
-
 def readable(prompt: Prompt) -> str:
     """A prompt as a judge reads it: the text alone, or each turn under its role where there are several."""
     if len(prompt.messages) == 1:
@@ -119,20 +106,15 @@ def readable(prompt: Prompt) -> str:
 
 def verdict(text: str) -> str | None:
     """ "A", "B" or "tie" by the last [[A]], [[B]], [[C]] or [[tie]] outside of thinking; None where there is none."""
-    found = _VERDICT.findall(_said(text))
+    found = _VERDICT.findall(said(text))
     return {"A": "A", "B": "B"}.get(found[-1], "tie") if found else None
 
 
 def score(text: str) -> float | None:
     """The number of the last {"score": number} outside of thinking; None where there is none, or it is not in 1..10."""
-    found = _SCORE.findall(_said(text))
+    found = _SCORE.findall(said(text))
     number = float(found[-1]) if found else None
     return number if number is not None and LOWEST <= number <= HIGHEST else None
-
-
-def _said(text: str) -> str:
-    """What follows the thinking; nothing where it was cut off in the middle of it."""
-    return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def wins(first: str, second: str) -> float:

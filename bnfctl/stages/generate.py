@@ -88,10 +88,11 @@ def run(config: GenerateConfig, draft: Draft) -> dict[str, Any]:
     shards.Parts(draft.scratch / "parts", SCHEMA).publish(draft.path / "rows")
     measured = _measure(draft.path / "rows")
     kept = measured.pop("prompts")
-    counts = {**counts, "prompts": kept, "dropped_long": counts["dropped_long"] + counts["prompts"] - kept}
     if not kept:
-        hint = "a model with a longer context, or shorter prompts"
-        raise UsageError("no prompt leaves room for a response", where="--long-prompts", hint=hint)
+        hint = "a model with a longer context, or shorter prompts; a server may also have refused what they ask"
+        raise UsageError("no prompt got a response", where="--prompts", hint=hint)
+    without = counts["prompts"] - kept  # an engine or a server with a smaller context, or one that refused them
+    counts = {**counts, "prompts": kept, **({"without_response": without} if without else {})}
     _report(measured, draft.provenance)
     return {**counts, **measured, "tokenizer": tokenizer_digest(folder) if folder else None}
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from bnfctl import console
 from bnfctl.artifact import Pinned
+from bnfctl.client.texts import fill, said
 from bnfctl.data.records import Prompt
 from bnfctl.errors import UsageError
 from bnfctl.options import fingerprint, read_yaml
@@ -39,10 +40,8 @@ from bnfctl.tasks.judging import (
     Judged,
     LengthUnit,
     Question,
-    fill,
     ordered,
     plain,
-    said,
     text_of,
     why_null,
 )

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bnfctl import console
+from bnfctl.client.texts import said
 from bnfctl.data.records import Prompt
 from bnfctl.errors import UsageError
 from bnfctl.tasks.arena_hard import PARTS, ArenaHard, read_verdict
 from bnfctl.tasks.arena_hard_files import read_judgments
 from bnfctl.tasks.imports import Answered, known_item
 from bnfctl.tasks.items import Source, read_file
-from bnfctl.tasks.judging import Fingerprint, Judged, elsewhere, said, text_of
+from bnfctl.tasks.judging import Fingerprint, Judged, elsewhere, text_of
 from bnfctl.tasks.wildbench import WildBench
 
 

@@ -19,14 +19,13 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from bnfctl.client.endpoint import Client
-from bnfctl.client.requests import CHAT, VLLM_NEUTRAL, Known, Request, read_chat, too_long
+from bnfctl.client.requests import CHAT, VLLM_NEUTRAL, Known, Request, about_content, read_chat, too_long
 from bnfctl.client.served import Served
 from bnfctl.data.jsonl import without_surrogates
 from bnfctl.data.records import Message, Prompt
@@ -42,7 +41,6 @@ Answers = Mapping[str, Sequence[Answer]]
 
 UNKNOWN = "unknown"
 """The judge of a file that does not tell."""
-_POLICY = re.compile(r"content.?(filter|polic|management)|moderation|safety|flagged", re.IGNORECASE)
 _CHARACTERS_PER_TOKEN = 4
 """Of English, roughly: only for the estimate before a run."""
 
@@ -222,28 +220,12 @@ def text_of(answer: Answer) -> str:
     return "" if "refused" in answer else str(answer["choices"][0]["text"])
 
 
-def said(text: str) -> str:
-    """What follows the thinking; nothing where it was cut off in the middle of it."""
-    return text.rpartition("</think>")[2].partition("<think>")[0]
-
-
 def why_null(answers: Sequence[Answer], reason: str) -> str:
     """Why there is no verdict: what the server did, where that explains it, else `reason`."""
     last = answers[-1] if answers else {}
     if "refused" in last:
         return f"refused: {last['refused']}"
     return f"cut off, {reason}" if answers and last["choices"][0].get("finish") == "length" else reason
-
-
-def fill(layout: str, values: Mapping[str, str]) -> str:
-    """`layout` with {name} replaced for each name of `values`, in one pass: braces in a text stay what they are.
-
-    {mark} becomes a code that depends on the texts, so that no text can forge where it ends.
-    """
-    joined = "\0".join(f"{name}\0{text}" for name, text in sorted(values.items()))
-    mark = hashlib.sha256(joined.encode("utf-8", "replace")).hexdigest()[:10]
-    names = "|".join(re.escape(name) for name in (*values, "mark"))
-    return re.sub(rf"\{{({names})\}}", lambda place: {**values, "mark": mark}[place[1]], layout)
 
 
 def ordered(rows: Iterable[Judged]) -> list[Judged]:
@@ -346,7 +328,7 @@ class _Run:
     def take(self, state: _State, question: Question, answer: Answer) -> None:
         """Note an answer; BnfctlError for a refusal that would be the same for every response."""
         refusal = answer.get("refused")
-        if refusal is not None and not (too_long(refusal) or _POLICY.search(refusal)):
+        if refusal is not None and not (too_long(refusal) or about_content(refusal)):
             raise BnfctlError(
                 f"the judge refuses item {state.answered.item.id}: {refusal}", where=", ".join(self.urls),
                 hint="the model's name, its temperature and its limit of tokens may not be what the server takes",

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import ast
-import logging
 import operator
 import re
-import threading
 from collections.abc import Callable
 from fractions import Fraction
-from functools import lru_cache
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any, ClassVar
 
 from bnfctl.artifact import Pinned
+from bnfctl.data import math_library
 from bnfctl.data.records import Prompt
 from bnfctl.errors import UsageError
 from bnfctl.tasks.items import text_column
@@ -22,8 +19,7 @@ from bnfctl.tasks.zeroeval import Item, Parsed, ZeroEvalTask
 
 LONGEST = 4000
 """Digits of a number; Python itself refuses more than 4,300."""
-SECONDS = 5
-"""For math-verify's reading, and again for its comparison."""
+_FLAG = "--mathverify"
 LONGEST_EXPRESSION = 400
 """Characters of an answer that math-verify is shown."""
 
@@ -109,8 +105,7 @@ class NumberTask(ZeroEvalTask):
         super().__init__(data_dir, pinned=pinned, template=template, model=model)
         self.mathverify = mathverify
         if mathverify:
-            _library()
-            self.version += f", math-verify {installed_version('math-verify')}"
+            self.version += f", {math_library.version(_FLAG)}"
 
     def item(self, row: dict[str, Any], index: int, where: str) -> Item:
         gold = (
@@ -141,10 +136,10 @@ def mathverify(gold: str, parsed: Parsed) -> float | None:
         return float(first_number(plain) == first_number(known))
     if len(text) > LONGEST_EXPRESSION:
         return None
-    stoppable = threading.current_thread() is threading.main_thread()
-    if not stoppable and _UNBOUNDED.search(text):
+    seconds = math_library.seconds()
+    if seconds is None and _UNBOUNDED.search(text):
         return None
-    library, seconds = _library(), SECONDS if stoppable else None
+    library = math_library.library(_FLAG)
     try:
         found = library.parse(_delimited(text), parsing_timeout=seconds, raise_on_error=True)
         wanted = library.parse(f"${gold}$", parsing_timeout=seconds, raise_on_error=True)
@@ -161,16 +156,3 @@ def _delimited(text: str) -> str:
     Prose ("18 dollars a day") stays as it is, since the library finds the number in it.
     """
     return text if "\\boxed" in text or _PROSE.search(text) else f"${text.replace('$', '')}$"
-
-
-@lru_cache(maxsize=1)
-def _library() -> Any:
-    try:
-        import math_verify
-        import math_verify.errors
-    except ImportError as error:
-        raise UsageError(
-            f"math-verify cannot be imported: {error}", where="--mathverify", hint="pip install 'bnfctl[math]'"
-        ) from error
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns where its timeout is off, with whole texts
-    return math_verify

@@ -19,12 +19,13 @@ from typing import Any
 
 from bnfctl import console
 from bnfctl.artifact import Pinned
+from bnfctl.client.texts import fill, said
 from bnfctl.data.records import Prompt
 from bnfctl.errors import UsageError
 from bnfctl.tasks import TaskDecoding
 from bnfctl.tasks.imports import Answered, responses_in
 from bnfctl.tasks.items import Source, read_file, read_items
-from bnfctl.tasks.judging import Answer, Answers, Judged, Question, fill, ordered, plain, said, text_of, why_null
+from bnfctl.tasks.judging import Answer, Answers, Judged, Question, ordered, plain, text_of, why_null
 from bnfctl.tasks.statistics import DRAWS
 from bnfctl.tasks.wildbench_scores import Scored, groups_of, summarize_scores
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,6 +170,40 @@ def test_nothing_is_overwritten_without_force(built: Artifact, tmp_path: Path) -
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_an_empty_folder_is_free(built: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "o").mkdir()
+    export(built, tmp_path / "o", "preference", False)
+    assert list(tmp_path.glob("o/data/*.parquet"))
+    (tmp_path / "link").symlink_to(tmp_path / "e")
+    (tmp_path / "e").mkdir()
+    export(built, tmp_path / "link", "preference", False)
+    assert list(tmp_path.glob("e/data/*.parquet")) and (tmp_path / "link").is_symlink()
+
+
+def dead() -> int:
+    """The id of a process that has ended."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    return process.pid
+
+
+@pytest.mark.parametrize("target", ["o+.parquet", "o+"])
+def test_what_a_killed_export_left_is_cleared(built: Artifact, tmp_path: Path, target: str) -> None:
+    gone, alive = dead(), os.getppid()
+    left = [f".{target}.{gone}.tmp", f".{target}.{gone}.old.tmp"]
+    kept = [f".{target}.{alive}.tmp", f".other.{gone}.tmp", f".{target}.{gone}.txt", f".oo.{gone}.tmp"]
+    for name in (*left, *kept):
+        (tmp_path / name / "data").mkdir(parents=True)
+    (tmp_path / left[0] / "data").rmdir()
+    (tmp_path / left[0]).rmdir()
+    (tmp_path / left[0]).touch()
+    with pytest.raises(UsageError):
+        export(built, tmp_path / target, "pairs", False)
+    assert {path.name for path in tmp_path.iterdir()} >= {*left, *kept}
+    export(built, tmp_path / target, "preference", False)
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".")} == {*kept}
+
+
 def test_where_an_export_cannot_go(built: Artifact, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="inside the artifact store"):
         export(built, built.path / "rows", "preference", True)
@@ -174,8 +211,10 @@ def test_where_an_export_cannot_go(built: Artifact, tmp_path: Path) -> None:
     for inside in (tmp_path / "no" / ".." / built.path.parent.parent.name / "x.parquet", tmp_path / "link" / "x.jsonl"):
         with pytest.raises(UsageError, match="inside the artifact store"):
             export(built, inside, "preference", True)
-    with pytest.raises(UsageError, match=r"cannot write \.csv"):
-        export(built, tmp_path / "o.csv", "preference", False)
+    for ending in (".csv", ".json", ".jsonl.gz", ".parquet.zst"):
+        with pytest.raises(UsageError, match=rf"cannot write {Path(ending).suffix or ending}") as caught:
+            export(built, tmp_path / f"o{ending}", "preference", False)
+        assert caught.value.hint == "FILE.parquet, FILE.jsonl or a folder"
     with pytest.raises(UsageError, match=r"unknown format 'pairs'") as caught:
         export(built, tmp_path / "o", "pairs", False)
     assert caught.value.hint == "one of: preference, unpaired"

@@ -227,6 +227,31 @@ def test_subsets_and_folders_of_lines(tmp_path: Path) -> None:
         rows_of(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("ending", [".json", ".ndjson"])
+def test_a_folder_of_lines_under_another_name(tmp_path: Path, ending: str) -> None:
+    written(tmp_path / f"train{ending}", '{"prompt": "a"}\n')
+    written(tmp_path / f"test{ending}", '{"prompt": "b"}\n')
+    written(tmp_path / "dataset_infos.json", '{"default": {}}\n')
+    assert rows_of(tmp_path, "train+test") == [{"prompt": "a"}, {"prompt": "b"}]
+    written(tmp_path / "x.jsonl", '{"prompt": "c"}\n')
+    assert rows_of(tmp_path) == [{"prompt": "c"}]
+
+
+def test_splits_that_are_not_read_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "test", "dev"):
+        written(tmp_path / "d" / f"{split}.jsonl", '{"prompt": "a", "response": "b"}\n')
+    assert len(list(read_responses(tmp_path / "d"))) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("only split train is read, not validation, test: --split train+validation+test reads all")
+    for split in ("test", "train+test", "train+validation+test"):
+        rows_of(tmp_path / "d", split)
+    rows_of(written(tmp_path / "one" / "train.jsonl", "{}").parent)
+    saved = datasets.Dataset.from_list([{"prompt": "a"}], split="validation")
+    saved.save_to_disk(str(tmp_path / "saved"))
+    assert rows_of(tmp_path / "saved") == [{"prompt": "a"}]
+    assert "is read" not in capsys.readouterr().err
+
+
 Make = Callable[[Path], Path]
 
 

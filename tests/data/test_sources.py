@@ -6,13 +6,14 @@ import json
 import random
 import tracemalloc
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 
-from bnfctl.artifact import Pinned, Store
+from bnfctl.artifact import Artifact, Pinned, Store
 from bnfctl.config import GenerateConfig
 from bnfctl.data.records import Prompt
 from bnfctl.data.rows import Seen, as_messages, prompt_id
@@ -127,6 +128,16 @@ def test_folders_are_pinned_by_content_too(tmp_path: Path, store: Store) -> None
 def test_a_missing_file_is_never_taken_for_a_hub_set(ref: str, store: Store) -> None:
     with pytest.raises(UsageError, match="no such file"):
         pin_data(ref, store, "--prompts")
+
+
+def test_a_name_that_is_nearly_an_artifact(make_build: Callable[..., Artifact], store: Store) -> None:
+    store.set_name("num", make_build().ref)
+    with pytest.raises(UsageError, match=r"no such file or artifact 'nume' \(did you mean 'num'\?\)") as caught:
+        pin_data("nume", store, "INPUT")
+    assert "bnfctl ls score" in (caught.value.hint or "") and "lab" not in (caught.value.hint or "")
+    with pytest.raises(UsageError, match=r"no such file 'nume'$") as caught:
+        pin_data("nume", store, "--prompts")
+    assert "lab:chat" in (caught.value.hint or "")
 
 
 def test_columns_by_flags(tmp_path: Path, store: Store) -> None:

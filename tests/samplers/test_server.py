@@ -114,6 +114,50 @@ def test_a_prompt_that_fills_the_context_is_an_error_or_dropped(answers: Path) -
         assert found == [candidate for candidate in expected() if candidate.prompt_id != "p7"]
 
 
+CONTENT = {"message": "Invalid prompt.", "type": "invalid_request_error", "code": "invalid_prompt"}
+
+
+@pytest.mark.parametrize("status", [400, 403])
+@pytest.mark.parametrize("refused", [1, 5])
+def test_a_prompt_whose_content_is_refused_has_no_candidates_and_the_run_goes_on(
+    status: int, refused: int, answers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nasty = [f"p{i}" for i in range(refused)]
+
+    def fault(call: Call) -> bool:
+        said = call.body["messages"][0]["content"]
+        return said in [f"say {name[1:]}" for name in nasty] and call.send(status, {"error": CONTENT})
+
+    with StubServer(fault) as stub:
+        sampler = ServerSampler(config(stub.url), None, answers, Backoff(0.01, 0.05))
+        found = dict(sampler.sample(CHUNKS))
+        made = [candidate for index in range(5) for candidate in found[index]]
+        assert made == [candidate for candidate in expected() if candidate.prompt_id not in nasty]
+        assert sampler.usage["refused"] == refused and sum(stub.asked.values()) == 20
+    told = capsys.readouterr().err.splitlines()
+    assert len([line for line in told if "refuses the content of prompt p" in line]) == min(refused, 3)
+    assert any("5 requests were refused" in line for line in told) == (refused == 5)
+    assert f"{status} Invalid prompt. (the text is refused: invalid_prompt)" in told[0]
+
+
+def test_a_forbidden_server_is_an_error(answers: Path) -> None:
+    with StubServer(lambda call: call.send(403, {"error": {"message": "no access to this model"}})) as stub:
+        with pytest.raises(BnfctlError, match="403 no access"):
+            sample(config(stub.url), answers)
+
+
+def test_a_model_that_wants_the_newer_name_of_max_tokens_gets_it(answers: Path) -> None:
+    message = "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
+    fault = lambda call: "max_tokens" in call.body and call.send(400, {"error": {"message": message}})  # noqa: E731
+    with StubServer(fault) as stub:
+        assert sample(config(stub.url), answers) == expected()
+        old = [body for body in stub.bodies if "max_tokens" in body]
+        assert 1 <= len(old) <= 2 * 4, "what was under way at the first refusal, and no more"
+        assert [body["max_completion_tokens"] for body in stub.bodies if body not in old] == [12] * 20
+        assert sample(config(stub.url), answers) == expected()
+        assert len(stub.bodies) <= 20 + 4 * 4, "the answers were kept"
+
+
 def test_a_parameter_that_the_server_does_not_know_drops_no_prompt(answers: Path) -> None:
     with StubServer(lambda call: call.send(400, {"message": "Unsupported parameter: 'max_tokens'"})) as stub:
         with pytest.raises(BnfctlError, match="Unsupported parameter: 'max_tokens'") as caught:

@@ -21,7 +21,7 @@ from bnfctl.config import ScoreConfig
 from bnfctl.data.records import Candidate, Group, Prompt, Reward
 from bnfctl.errors import BnfctlError, UsageError
 from bnfctl.scorers.judge import JudgeScorer, check
-from bnfctl.scorers.verdicts import fill, readable, score, template, verdict
+from bnfctl.scorers.verdicts import readable, score, template, verdict
 from tests import models
 from tests.conftest import REPOSITORY
 from tests.real_server import vllm_server
@@ -181,10 +181,47 @@ def test_a_question_that_is_too_long_is_null_and_any_other_refusal_an_error() ->
         rewards = judge(config(stub.url), [group("g", "a", "a very wordy one"), group("h", "x", "yy")])
         assert values(rewards) == [[None, None], [0.0, 1.0]]
         assert rewards[0][0].extra["pairs"][0]["refused"] == "400 maximum context length is 9"
-    for other in ("temperature must be 1", "Unsupported parameter: 'max_tokens' is not supported with this model."):
+    for other in ("temperature must be 1", "Unsupported parameter: 'max_tokens' is not supported with this model.",
+                  "Unknown parameter: 'content_filter'"):  # fmt: skip
         with StubServer(refuse(other)) as stub:
             with pytest.raises(BnfctlError, match=f"the judge refuses prompt g: 400 {other}"):
                 judge(config(stub.url), [group("g", "a", "a very wordy one")])
+
+
+def refusing(word: str, status: int, error: dict[str, Any]) -> Callable[[Call], bool]:
+    return lambda call: word in json.dumps(call.body) and call.send(status, {"error": error})
+
+
+@pytest.mark.parametrize("mode", ["pairwise", "pointwise"])
+def test_a_question_whose_content_is_refused_is_null_and_the_run_goes_on(
+    mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fault = refusing("nasty", 400, {"message": "The response was filtered.", "code": "content_filter"})
+    groups = [group("g", "aaa", "nasty", "b"), group("h", "nasty", "bb")]
+    with StubServer(fault, say=longest if mode == "pairwise" else lambda body, child: '{"score": 4}') as stub:
+        scorer = JudgeScorer(config(stub.url, judge_mode=mode), None, Backoff(0.01, 0.05))
+        rewards = list(scorer.score(groups))
+    refused = "400 The response was filtered. (the text is refused: content_filter)"
+    if mode == "pairwise":
+        assert values(rewards) == [[1.0, None, 0.0], [None, None]]
+        assert rewards[1][0].extra == {"pairs": [{"against": 1, "verdict": None, "refused": refused}]}
+        assert scorer.usage["refused"] == scorer.usage["parse_failures"] == 6
+        assert "refused the content of 6 questions" in capsys.readouterr().err
+    else:
+        assert values(rewards) == [[4.0, None, 4.0], [None, 4.0]]
+        assert rewards[0][1].extra == {"refused": refused} and scorer.usage["refused"] == 2
+
+
+def test_a_judge_that_wants_the_newer_name_of_max_tokens_gets_it() -> None:
+    message = "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
+    fault = lambda call: "max_tokens" in call.body and call.send(400, {"error": {"message": message}})  # noqa: E731
+    groups = [group(str(i), "a" * i, "bb", "ccc") for i in range(1, 15)]
+    with StubServer(say=longest) as plain, StubServer(fault, say=longest) as stub:
+        assert judge(config(stub.url), groups) == judge(config(plain.url), groups)
+        old = [body for body in stub.bodies if "max_tokens" in body]
+        new = [body for body in stub.bodies if "max_completion_tokens" in body]
+        assert 1 <= len(old) <= 2 * 4, "what was under way at the first refusal, and no more"
+        assert len(new) == len(plain.bodies) and {body["max_completion_tokens"] for body in new} == {1024}
 
 
 def test_what_a_response_says_stays_between_its_marks() -> None:
@@ -206,7 +243,8 @@ def test_turns_are_readable() -> None:
     ("text", "found"),
     [("[[A]]", "A"), ("so: [[B]].", "B"), ("[[C]]", "tie"), ("[[tie]]", "tie"), ("[[A]] no [[B]]", "B"), ("A", None),
      ("[A]", None), ("[[D]]", None), ("", None), ("[[a]]", None), ("<think>[[A]]</think> hm", None),
-     ("<think>[[A]]", None), ("[[A]] then</think>[[B]]", "B"), ("<think>x</think>[[B]]", "B")],
+     ("<think>[[A]]", None), ("[[A]]</think>[[A]]</think>[[B]]", "B"), ("<think>x</think>[[A]] <think>[[B]]</think>.", "A"),
+     ("[[A]] then</think>[[B]]", "B"), ("<think>x</think>[[B]]", "B")],
 )  # fmt: skip
 def test_verdicts(text: str, found: str | None) -> None:
     assert verdict(text) == found
@@ -253,12 +291,6 @@ def test_a_prompt_file_that_cannot_be_read(tmp_path: Path) -> None:
     for name in ("latin.txt", "none.txt"):
         with pytest.raises(UsageError, match="cannot read"):
             template(str(tmp_path / name), "pairwise")
-
-
-def test_filling_is_one_pass() -> None:
-    assert fill("{prompt} {response}", {"prompt": "{response}", "response": "{prompt}"}) == "{response} {prompt}"
-    one, two = (fill("{mark}", {"response": text}) for text in "ab")
-    assert one != two and len(one) == 10
 
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from bnfctl.config import ScoreConfig
+from bnfctl.data import math_library
 from bnfctl.data.records import Candidate, Group, Prompt, Reward
 from bnfctl.errors import UsageError
 from bnfctl.scorers import make, mathematics, rules
@@ -71,7 +72,7 @@ def test_no_known_answer_that_is_mathematics_is_a_null_reward(answer: str | None
 
 
 def test_what_has_no_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mathematics, "SECONDS", 1)
+    monkeypatch.setattr(math_library, "SECONDS", 1)
     assert reward("1", "$9^{9^{9^9}}$") == Reward(None, {"timeout": 1})
 
 
@@ -99,12 +100,12 @@ def test_marked_answers_are_prepared_in_linear_time(text: str) -> None:
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    mathematics._library.cache_clear()
+    math_library._imported.cache_clear()
     monkeypatch.setitem(sys.modules, "math_verify", None)
     for ask in (lambda: make(CONFIG), lambda: rules.version_of("math-verify")):
         with pytest.raises(UsageError, match="math-verify cannot be imported") as caught:
             ask()
-        assert caught.value.hint == "pip install 'bnfctl[math]'"
+        assert (caught.value.where, caught.value.hint) == ("--rule", "pip install 'bnfctl[math]'")
 
 
 def test_the_key_names_the_library() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -348,6 +349,23 @@ def test_filters_of_a_ready_set(store: Store, tmp_path: Path) -> None:
     }  # fmt: skip
     kept = run(BuildConfig(input=path, drop_empty=False), store)
     assert set(pairs_of(kept)) == {row["id"] for row in rows} - {"same"}  # the set's labels are taken at their word
+
+
+def test_drop_cut_without_finish_reasons_is_told(
+    store: Store, tmp_path: Path, scores: Artifact, chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "no response says how it ended: --drop-cut leaves nothing out"
+    path = str(write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Q", "chosen": "a", "rejected": "b"}]))
+    for source in (path, scores.ref):
+        run(BuildConfig(input=source), store)
+        assert told not in capsys.readouterr().err
+        run(BuildConfig(input=source, drop_cut=True, seed=1), store)
+        assert capsys.readouterr().err.count(told) == 1
+        run(BuildConfig(input=source, drop_cut=True, limit=1), store)
+        assert capsys.readouterr().err.count(told) == 1
+    with contextlib.suppress(BnfctlError):  # all responses may be cut
+        run(BuildConfig(input=chain.scores.ref, drop_cut=True), chain.copy(tmp_path / "copy"))
+    assert told not in capsys.readouterr().err
 
 
 def test_batches_of_a_set_leave_no_trace(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -307,7 +307,7 @@ def test_a_long_prompt_is_an_error_with_its_line_or_a_count(policy: Path, store:
 
 def test_no_prompt_that_fits_is_an_error(policy: Path, store: Store, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "x" * 300}])
-    with pytest.raises(UsageError, match="no prompt leaves room"):
+    with pytest.raises(UsageError, match="no prompt got a response"):
         run(asked(path, policy, long_prompts="drop"), store)
     assert published(store) == []
 
@@ -322,7 +322,7 @@ def test_a_prompt_that_a_server_finds_too_long_is_counted(store: Store, tmp_path
     with StubServer(refuse) as server:
         config = asked(path, path, model=None, sampler="server", server=(server.url,), long_prompts="drop")
         summary = run(config, store).manifest.summary
-    assert (summary["prompts"], summary["dropped_long"], summary["candidates"]) == (1, 1, 2)
+    assert (summary["prompts"], summary["without_response"], summary["candidates"]) == (1, 1, 2)
 
 
 def test_a_dry_run_needs_no_server(prompts: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from bnfctl.data import math_library
 from bnfctl.data.records import Prompt
 from bnfctl.errors import UsageError
-from bnfctl.tasks import mathematics
 from bnfctl.tasks.crux import GRADERS, Crux
 from bnfctl.tasks.gsm8k import GSM8K
 from bnfctl.tasks.math_l5 import MathL5
@@ -134,7 +134,7 @@ def test_gsm8ks_own_rows() -> None:
     ],
 )  # fmt: skip
 def test_math_verify(monkeypatch: pytest.MonkeyPatch, answer: Any, gold: str, grade: float | None) -> None:
-    monkeypatch.setattr(mathematics, "SECONDS", 1)
+    monkeypatch.setattr(math_library, "SECONDS", 1)
     assert mathverify(gold, parsed(answer)) == grade
 
 
@@ -157,10 +157,10 @@ def test_math_verify_in_a_thread_is_asked_only_what_ends() -> None:
 
 
 def test_without_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
-    mathematics._library.cache_clear()
+    math_library._imported.cache_clear()
     monkeypatch.setitem(sys.modules, "math_verify", None)
     GSM8K()
     with pytest.raises(UsageError, match="math-verify cannot be imported") as caught:
         GSM8K(mathverify=True)
-    assert caught.value.hint == "pip install 'bnfctl[math]'"
-    mathematics._library.cache_clear()
+    assert (caught.value.where, caught.value.hint) == ("--mathverify", "pip install 'bnfctl[math]'")
+    math_library._imported.cache_clear()

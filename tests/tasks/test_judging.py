@@ -27,7 +27,6 @@ from bnfctl.tasks.judging import (
     differing,
     elsewhere,
     estimate,
-    fill,
     fingerprint,
     judge,
     plain,
@@ -271,12 +270,6 @@ def test_judges_that_are_not_known_are_said(tmp_path: Path) -> None:
     assert differing({"a": unknown}) == []
     assert differing({"a": unknown, "b": unknown}) == ["the judge of a, b is not known: these figures may not compare"]
     assert elsewhere(arena(tmp_path), ["x", "x"]).served_model == "x"
-
-
-def test_places_are_filled_in_one_pass() -> None:
-    assert fill("{a}{b}{c} {", {"a": "{b}\\1", "b": "{mark}"}) == "{b}\\1{mark}{c} {"
-    first, second = fill("{mark}{a}", {"a": "x"}), fill("{mark}{a}", {"a": "y"})
-    assert len(first) == 11 and first[:10] != second[:10]
 
 
 def test_figures_are_json() -> None:
