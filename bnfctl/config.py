@@ -309,7 +309,7 @@ class EvalConfig:
     """Grade a model on tasks; compare it with another on the same items."""
 
     model: str = opt(help="Hub id, folder, train artifact or lab.", input="model", positional=True)
-    tasks: tuple[str, ...] = opt(help="Tasks, separated by commas.", choices=tuple(TASKS))
+    tasks: tuple[str, ...] = opt(help="Tasks, separated by commas.", choices=lambda: list(TASKS))
     base: str | None = opt(None, help="Eval artifact of the base model: adds paired differences.", input="eval")
     data_dir: str | None = opt(
         None, help="Folder with the tasks' items (gsm8k.jsonl, ...) instead of the hub's.", input="data"
@@ -334,6 +334,8 @@ class EvalConfig:
         key=False,
     )  # fmt: skip
     gpu_memory: float = opt(0.9, help="Share of the GPU's memory for vLLM. " + _MACHINE, key=False, low=0.05, high=1)
+    devices: int | None = _processes("GPUs to use, one engine each (or one per --tensor-parallel of them)")
+    tensor_parallel: int = opt(1, help="GPUs that share one vLLM engine. " + _SAME, key=False, low=1)
     trust_remote_code: bool = opt(False, help="Run code that comes with the model.")
 
 

@@ -7,21 +7,23 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from bnfctl import console, pool, samplers, shards, tasks
+from bnfctl import console, machine, pool, samplers, shards, tasks
 from bnfctl.artifact import Artifact, Draft, Pinned, Plan, Store
 from bnfctl.config import EvalConfig
 from bnfctl.data.records import Candidate, Prompt, Reward
 from bnfctl.data.sources import pin_data
 from bnfctl.errors import BnfctlError, GateError, UsageError, nearest
-from bnfctl.machine import resolve_dtype
 from bnfctl.model.source import model_dir, pin_model
-from bnfctl.options import refuse
+from bnfctl.model.threads import cpu_threads
+from bnfctl.options import as_json, canonical, from_json, refuse
 from bnfctl.tables import TASKS, load
 from bnfctl.tasks import statistics
 
@@ -49,6 +51,9 @@ def plan(config: EvalConfig, store: Store) -> Plan:
     for gate in config.require:
         _parse_gate(gate, config)
     sampler = samplers.resolve(config.sampler)
+    if sampler != "vllm":
+        refuse(config, ["tensor_parallel"], f"is for --sampler vllm, not {sampler}")
+    pool.processes(config.devices, config.tensor_parallel)
     notes = (f"sampler: {sampler}",) if config.sampler == "auto" else ()
     inputs = {"model": pin_model(config.model, store, "MODEL"), **_data(config, store)}
     versions = {name: task.version for name, task in _tasks(config, inputs).items()}
@@ -66,7 +71,7 @@ def plan(config: EvalConfig, store: Store) -> Plan:
     return Plan(
         STAGE,
         VERSION,
-        dataclasses.replace(config, sampler=sampler, dtype=resolve_dtype(config.dtype)),
+        dataclasses.replace(config, sampler=sampler, dtype=machine.resolve_dtype(config.dtype)),
         inputs,
         notes,
         versions,
@@ -106,57 +111,98 @@ def _tasks(config: EvalConfig, inputs: Mapping[str, Pinned]) -> dict[str, tasks.
 def run(config: EvalConfig, draft: Draft) -> dict[str, Any]:
     """Write one row per item; returns mean, interval and gain per task."""
     folder = model_dir(draft.inputs["model"])
-    runner = _Runner(config, folder, draft)
-    found = list(_tasks(config, draft.inputs).values())
-    items = {task.name: task.requests(config.limit) for task in found}
+    request = {"config": as_json(config), "scratch": str(draft.scratch), "model": str(folder),
+               "inputs": {name: dataclasses.asdict(pinned) for name, pinned in draft.inputs.items()}}  # fmt: skip
+    work = _items(canonical(request))
     parts = shards.Parts(draft.scratch / "parts", SCHEMA)
-    done, first = parts.done(), 0
-    with console.Progress(sum(map(len, items.values())), "items") as progress:
-        for task in found:
-            mine = items[task.name]
-            chunks = [mine[start : start + config.chunk] for start in range(0, len(mine), config.chunk)]
-            progress.advance(sum(len(chunk) for index, chunk in enumerate(chunks) if first + index in done))
-            todo = [(index, chunk) for index, chunk in enumerate(chunks) if first + index not in done]
-            if todo:
-                for index, rows in runner.grade(task, pool.until_stop(todo)):
-                    parts.write(first + index, rows)
-                    progress.advance(len(rows))
-                console.check_stop()
-            first += len(chunks)
+    done = parts.done()
+    todo = [unit for unit in range(len(work.units)) if unit not in done]
+    workers = max(1, min(pool.processes(config.devices, config.tensor_parallel), len(todo)))
+    job = pool.Job(
+        "bnfctl.stages.eval:Grading", request, draft.path / "log", workers, config.tensor_parallel,
+        max(1, cpu_threads(folder) // workers), apart=config.sampler == "vllm" and machine.visible_gpus() > 0,
+    )  # fmt: skip
+    total = sum(map(len, work.prompts))
+    with console.Progress(total, "items", total - sum(len(work.chunk(unit)) for unit in todo)) as progress:
+        for one in pool.run(job, todo) if todo else ():
+            draft.provenance.update(one.provenance)
+            progress.advance(one.records)
     parts.publish(draft.path / "rows")
     base = draft.artifact("base") if "base" in draft.inputs else None
     rows = list(shards.read_rows(draft.path / "rows", ["task", "item_id", "tokens", "grade", "extra"]))
-    return {"tasks": {task.name: _aggregate(task, rows, base) for task in found}}
+    return {"tasks": {task.name: _aggregate(task, rows, base) for task in work.tasks}}
 
 
-class _Runner:
-    """Samplers for the decodings of the tasks; a model is loaded once, when it is first needed."""
+class _Items:
+    """The tasks and their items; a unit of work is a chunk of one task's."""
 
-    def __init__(self, config: EvalConfig, folder: Path, draft: Draft) -> None:
-        self.config, self.folder, self.draft = config, folder, draft
+    def __init__(self, config: EvalConfig, inputs: Mapping[str, Pinned]) -> None:
+        self.size = config.chunk
+        self.tasks = list(_tasks(config, inputs).values())
+        self.prompts = [task.requests(config.limit) for task in self.tasks]
+        sizes = [range(-(-len(prompts) // config.chunk)) for prompts in self.prompts]
+        self.units = [(number, index) for number, chunks in enumerate(sizes) for index in chunks]
+        """(number of the task, number of the chunk in it)."""
+
+    def chunk(self, unit: int) -> Sequence[Prompt]:
+        number, index = self.units[unit]
+        return self.prompts[number][index * self.size : (index + 1) * self.size]
+
+
+@lru_cache(maxsize=1)
+def _items(request: bytes) -> _Items:
+    """The items of a request to `Grading`; read once where the work is done in this process."""
+    asked = json.loads(request)
+    inputs = {name: Pinned(**raw) for name, raw in asked["inputs"].items()}
+    return _Items(from_json(EvalConfig, asked["config"]), inputs)
+
+
+class Grading:
+    """Samples and grades chunks of items and saves each: in this process, or in a worker of its own."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self.config = from_json(EvalConfig, request["config"])
+        self.folder = Path(request["model"])
+        self.items = _items(canonical(request))
+        self.parts = shards.Parts(Path(request["scratch"]) / "parts", SCHEMA)
         self._sampler: samplers.Sampler | None = None
 
-    def grade(self, task: tasks.Task, chunks: Iterable[samplers.Chunk]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """(index, rows) of each chunk of a task's items."""
-        decoding = samplers.Decoding(
-            n=1, **dataclasses.asdict(task.decoding), seed=self.config.seed, chunk=self.config.chunk,
-            dtype=self.config.dtype, gpu_memory=self.config.gpu_memory, trust_remote_code=self.config.trust_remote_code,
-            chat_template_kwargs=self.config.chat_template_kwargs,
-        )  # fmt: skip
-        if self._sampler is None:
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return {"engine": self._sampler.version} if self._sampler is not None else {}
+
+    def run(self, units: Iterable[int]) -> Iterator[tuple[int, int, int]]:
+        """(unit, its items, its tokens) of each unit that is saved; the next task's wait for the last of this one."""
+        for number, of_task in groupby(units, lambda unit: self.items.units[unit][0]):
+            for unit, rows in self._grade(self.items.tasks[number], of_task):
+                self.parts.write(unit, rows)
+                yield unit, len(rows), sum(row["tokens"] for row in rows)
+
+    def _grade(self, task: tasks.Task, units: Iterable[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        decoding = self._decoding(task)
+        if self._sampler is None:  # the model is loaded once, for the decodings of all tasks
             self._sampler = samplers.make(self.config.sampler, self.folder, decoding)
-            self.draft.provenance["engine"] = self._sampler.version
-        prompts: dict[int, dict[str, Prompt]] = {}
+        pulled: dict[int, tuple[int, dict[str, Prompt]]] = {}
 
-        def checked() -> Iterator[samplers.Chunk]:
-            for index, items in chunks:
-                chunk = list(samplers.check_prompts(self.folder, items, decoding, "error", Counter()))
-                prompts[index] = {prompt.id: prompt for prompt in chunk}
-                yield index, chunk
+        def chunks() -> Iterator[samplers.Chunk]:
+            for unit in units:
+                chunk = samplers.check_prompts(self.folder, self.items.chunk(unit), decoding, "error", Counter())
+                by_id = {prompt.id: prompt for prompt in chunk}
+                index = self.items.units[unit][1]
+                pulled[index] = unit, by_id
+                yield index, list(by_id.values())
 
-        for index, candidates in self._sampler.sample(checked(), decoding):
-            by_id = prompts.pop(index)
-            yield index, [_row(task, by_id[candidate.prompt_id], candidate) for candidate in candidates]
+        for index, candidates in self._sampler.sample(chunks(), decoding):
+            unit, by_id = pulled.pop(index)
+            yield unit, [_row(task, by_id[candidate.prompt_id], candidate) for candidate in candidates]
+
+    def _decoding(self, task: tasks.Task) -> samplers.Decoding:
+        config = self.config
+        return samplers.Decoding(
+            n=1, **dataclasses.asdict(task.decoding), seed=config.seed, chunk=config.chunk, dtype=config.dtype,
+            gpu_memory=config.gpu_memory, trust_remote_code=config.trust_remote_code,
+            chat_template_kwargs=config.chat_template_kwargs, tensor_parallel=config.tensor_parallel,
+        )  # fmt: skip
 
 
 def _row(task: tasks.Task, prompt: Prompt, candidate: Candidate) -> dict[str, Any]:

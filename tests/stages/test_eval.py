@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bnfctl import launch, tables
+from bnfctl import launch, machine, pool, tables
 from bnfctl.artifact import Artifact, Store
 from bnfctl.config import EvalConfig
 from bnfctl.errors import BnfctlError, GateError, UsageError
@@ -22,6 +23,7 @@ from tests.conftest import Done
 from tests.models import make_llama
 from tests.stages.chain import Chain, interrupt, published, run
 from tests.stages.fakes import Length
+from tests.stages.kills import kill_at
 
 Z = NormalDist().inv_cdf(0.975)
 
@@ -200,6 +202,37 @@ def test_a_resumed_run_gives_the_digest_of_an_undisturbed_one(policy: Path, stor
     undisturbed = run(config, Store(tmp_path / "undisturbed"))
     assert resumed.manifest.digest == undisturbed.manifest.digest
     assert resumed.manifest.summary == undisturbed.manifest.summary
+
+
+@pytest.mark.slow
+def test_two_workers_and_a_kill_leave_the_digest_of_an_undisturbed_run(
+    policy: Path, store: Store, tmp_path: Path
+) -> None:
+    config = asked(policy, "lab-reasoning", "lab-math", limit=12, chunk=2, dtype="float32")
+    parts = kill_at(3, dataclasses.replace(config, devices=2), store)
+    assert 3 <= parts < 12, "killed in the middle"
+    resumed = run(dataclasses.replace(config, devices=2), store)
+    undisturbed = run(config, Store(tmp_path / "undisturbed"))
+    assert resumed.manifest.digest == undisturbed.manifest.digest
+    assert resumed.manifest.summary == undisturbed.manifest.summary
+    assert resumed.manifest.provenance["engine"].startswith("transformers")
+
+
+def test_vllm_on_a_gpu_has_a_process_of_its_own(policy: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[pool.Job] = []
+
+    def refuse(job: pool.Job, units: Any) -> Any:
+        seen.append(job)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(machine, "visible_gpus", lambda: 4)
+    monkeypatch.setattr(pool, "run", refuse)
+    for tensor_parallel, workers in ((1, 2), (4, 1)):
+        with pytest.raises(UsageError, match="enough"):
+            run(asked(policy, "lab-reasoning", sampler="vllm", tensor_parallel=tensor_parallel), store)
+        assert (seen[-1].apart, seen[-1].workers, seen[-1].gpus_each) == (True, workers, tensor_parallel)
+    with pytest.raises(UsageError, match="--tensor-parallel"):
+        run(asked(policy, "lab-reasoning", sampler="hf", tensor_parallel=2), store)
 
 
 def test_a_copy_of_the_model_is_cached_and_another_seed_is_not(policy: Path, store: Store, tmp_path: Path) -> None:
