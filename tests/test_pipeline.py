@@ -172,11 +172,12 @@ steps:
   responses: {stage: generate, model: lab, prompts: "lab:chat", limit: 4, n: 3, max_tokens: 40, sampler: hf}
   first: {stage: score, input: responses, rule: lab}
   second: {stage: score, input: responses, rule: regex, pattern: "[aeiou]+"}
+  third: {stage: score, input: responses, rule: regex, pattern: "[xyz]+"}
   pairs: {stage: build, input: first, also: %s, filter: second, filter_min: 0.5}
 """
 
 
-@pytest.mark.parametrize("also", ["second", "[second]", '"second, second"'])
+@pytest.mark.parametrize("also", ["second", "[second]", '"second, third"'])
 def test_an_input_field_takes_several_steps(tmp_path: Path, store: Store, also: str) -> None:
     work = pipeline.Run(pipeline.read(write(tmp_path, SEVERAL_SCORERS % also)), store)
     assert {step.name: verdict for step, verdict in work.dry()}["pairs"] == "to be made after first"
