@@ -18,6 +18,8 @@ _EXACT = "A resumed run is exact, so it is not in the key."
 _MACHINE = "A fact of the machine, so it is not in the key."
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SAMPLERS = ("auto", *SAMPLERS)
+ABOUT_SERVERS = ("server", "served_model", "concurrency", "timeout", "retries", "api_key_env")
+"""The fields of generate and score that only a client of servers has a use for."""
 _TEMPLATE = "Argument of the chat template, name=value, e.g. enable_thinking=false; may be repeated."
 
 

@@ -38,7 +38,7 @@ class RulesScorer:
         own = config.rule.startswith(functions.PREFIX)
         self.rule: Rule = functions.own_rule(config.rule) if own else load(RULES, config.rule, "rule")
         if config.rule == "regex":
-            _pattern(config.pattern)
+            compiled(config.pattern)
 
     def score(self, groups: Iterable[Group]) -> Iterator[list[Reward]]:
         for group in groups:
@@ -79,7 +79,7 @@ def regex(prompt: Prompt, response: str, config: ScoreConfig) -> Reward:
 
     Raises UsageError for a missing or invalid pattern.
     """
-    pattern = _pattern(config.pattern)
+    pattern = compiled(config.pattern)
     if pattern.groups and prompt.answer is None:
         return Reward(None)
     matches = deque(pattern.finditer(response), maxlen=1)
@@ -95,7 +95,8 @@ def regex(prompt: Prompt, response: str, config: ScoreConfig) -> Reward:
 
 
 @lru_cache(maxsize=8)
-def _pattern(pattern: str | None) -> re.Pattern[str]:
+def compiled(pattern: str | None) -> re.Pattern[str]:
+    """The pattern of `--rule regex`; UsageError for none, or one that is no regular expression."""
     if not pattern:
         raise UsageError("the rule regex needs a pattern", where="--pattern", hint=r"--pattern 'Answer: *(\S+)'")
     try:

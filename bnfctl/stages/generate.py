@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from bnfctl import console, durable, machine, pool, samplers, shards
 from bnfctl.artifact import Draft, Plan, Store
-from bnfctl.config import GenerateConfig
+from bnfctl.config import ABOUT_SERVERS, GenerateConfig
 from bnfctl.data.candidates import SCHEMA, candidate_rows
 from bnfctl.data.chat import tokenizer_digest
 from bnfctl.data.records import Prompt
@@ -32,7 +32,6 @@ STAGE, VERSION = "generate", 1
 ENGINES = ("vllm", "hf")
 """The samplers that load the model here: on every GPU one."""
 
-_CLIENT = ("server", "served_model", "concurrency", "timeout", "retries", "api_key_env")
 _SAMPLED = ("model", "n", "temperature", "top_p", "max_tokens", "seed", "long_prompts", "dtype", "chat_template_kwargs",
             "chunk", "sort", "shuffle_seed")  # fmt: skip
 
@@ -62,7 +61,7 @@ def plan(config: GenerateConfig, store: Store) -> Plan:
 def _check_flags(config: GenerateConfig) -> None:
     engine = config.sampler in ENGINES
     if config.sampler != "server":
-        refuse(config, _CLIENT, f"is for --sampler server, not {config.sampler}")
+        refuse(config, ABOUT_SERVERS, f"is for --sampler server, not {config.sampler}")
     if config.sampler == "file":
         refuse(config, _SAMPLED, "is for sampling; --sampler file reads responses that exist")
     if engine and config.model is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -15,7 +14,7 @@ import pyarrow as pa
 
 from bnfctl import console, machine, pool, scorers, shards
 from bnfctl.artifact import Artifact, Draft, Pinned, Plan, Store
-from bnfctl.config import GenerateConfig, ScoreConfig
+from bnfctl.config import ABOUT_SERVERS, GenerateConfig, ScoreConfig
 from bnfctl.data.candidates import groups
 from bnfctl.data.files import FILE_ENDINGS
 from bnfctl.data.records import Group, Reward
@@ -24,7 +23,7 @@ from bnfctl.model.source import model_dir, pin_model
 from bnfctl.model.threads import cpu_threads
 from bnfctl.options import as_json, from_json, refuse
 from bnfctl.scorers import verdicts
-from bnfctl.scorers.rules import version_of
+from bnfctl.scorers.rules import compiled, version_of
 from bnfctl.scorers.thinking import WithoutThinking
 from bnfctl.stages import Prerequisite, name_served
 
@@ -34,14 +33,13 @@ UNIT = 256
 
 _MODEL = ("model", "dtype", "batch_tokens")
 _CHAT = (*_MODEL, "max_length")
-_CLIENT = ("served_model", "server", "concurrency", "timeout", "retries", "api_key_env")
 _JUDGE = ("judge_mode", "judge_prompt", "judge_tokens", "judge_temperature")
 _USED: dict[str, tuple[str, ...]] = {
     "rules": ("rule", "pattern"),
     "reward-model": (*_CHAT, "engine", "gpu_memory", "trust_remote_code"),
     "pairrm": _MODEL,
     "armorm": _CHAT,
-    "judge": (*_JUDGE, *_CLIENT),
+    "judge": (*_JUDGE, *ABOUT_SERVERS),
 }
 """The fields that a scorer has a use for, beside those that all have."""
 _OF_SOME = {name for names in _USED.values() for name in names}
@@ -73,7 +71,7 @@ def _resolve(config: ScoreConfig, store: Store) -> tuple[ScoreConfig, dict[str, 
     refuse(config, sorted(_OF_SOME.difference(_USED[config.scorer])), f"is of no use to --scorer {config.scorer}")
     if config.scorer == "rules":
         if config.rule == "regex":
-            _check_pattern(config.pattern)
+            compiled(config.pattern)
         else:
             refuse(config, ["pattern"], f"is for --rule regex, not {config.rule}")
         versions[config.rule] = version_of(config.rule)
@@ -216,17 +214,6 @@ class Scoring:
             rows = [row for group, of_group in zip(batch, of_groups, strict=True) for row in _rows(group, of_group)]
             self.parts.write(unit, rows)
             yield unit, len(batch), 0
-
-
-def _check_pattern(pattern: str | None) -> None:
-    if pattern is None:
-        raise UsageError("the rule regex needs a pattern", where="--pattern", hint="--pattern 'answer: (\\d+)'")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise UsageError(
-            f"not a regular expression: {error}", where="--pattern", hint="quote it for the shell"
-        ) from None
 
 
 def _rows(group: Group, rewards: list[Reward]) -> Iterator[dict[str, Any]]:
