@@ -89,7 +89,7 @@ def decode(cls: type, name: str, raw: Any, where: str) -> Any:
     if raw is None or (optional and isinstance(raw, str) and raw.strip().lower() in _NULLS):
         if optional:
             return None
-        raise UsageError(f"{name} needs a value", where=where)
+        raise UsageError(f"{name} needs a value", where=where, hint=f"leave {name} out for its default")
     field = next(f for f in fields(cls) if f.name == name)
     if many:
         if isinstance(raw, str):
@@ -105,7 +105,7 @@ def _scalar(kind: type, name: str, raw: Any, where: str) -> Any:
             return word in _TRUE
         raise UsageError(f"{name} is true or false, not {raw!r}", where=where, hint="true or false")
     if isinstance(raw, (dict, list, tuple)):
-        raise UsageError(f"{name} takes one value, not {type(raw).__name__}", where=where)
+        raise UsageError(f"{name} takes one value, not {type(raw).__name__}", where=where, hint=f"{name}: VALUE")
     if kind is str:
         return str(raw)
     try:
@@ -190,7 +190,9 @@ def resolve(
     if file is not None:
         raw = read_yaml(file) or {}
         if not isinstance(raw, Mapping):
-            raise UsageError("expected `name: value` lines", where=str(file))
+            raise UsageError(
+                "expected `name: value` lines", where=str(file), hint="one line for each field, e.g. seed: 1"
+            )
         check_keys(cls, raw, str(file))
         for name, value in raw.items():
             values[name], origin[name] = decode(cls, name, value, f"{file}: {name}"), str(file)

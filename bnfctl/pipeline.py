@@ -54,7 +54,9 @@ def read(path: Path, settings: Iterable[str] = ()) -> list[Step]:
     """The steps of a file, variables filled in; `settings` are `vars.NAME=VALUE`, as --set gives them."""
     document = read_yaml(path)
     if not isinstance(document, Mapping):
-        raise UsageError("expected `vars:` and `steps:`", where=str(path))
+        raise UsageError(
+            "expected `vars:` and `steps:`", where=str(path), hint="steps: {NAME: {stage: generate, ...}, ...}"
+        )
     for key in document:
         if key not in _TOP:
             raise UsageError(
@@ -71,7 +73,7 @@ def read(path: Path, settings: Iterable[str] = ()) -> list[Step]:
 
 def _variables(given: Any, settings: Iterable[str], path: Path) -> dict[str, str]:
     if not isinstance(given, Mapping):
-        raise UsageError("vars are `name: value` lines", where=str(path))
+        raise UsageError("vars are `name: value` lines", where=str(path), hint="vars: {model: lab}")
     variables = {str(name): value for name, value in given.items()}
     for setting in settings:
         name, equals, value = setting.partition("=")

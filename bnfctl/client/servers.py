@@ -148,7 +148,8 @@ def api_key(name: str, where: str = "--api-key-env") -> str | None:
     if not key and name != DEFAULT_KEY:
         raise UsageError(f"the environment variable {name} is not set", where=where, hint=f"export {name}=...")
     if not (key.isascii() and key.isprintable()):
-        raise UsageError(f"the key in {name} has characters that no header can hold", where=where)
+        what = f"the key in {name} has characters that no header can hold"
+        raise UsageError(what, where=where, hint=f"export {name}=..., in ASCII and on one line")
     return key or None
 
 

@@ -257,5 +257,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"broken JSON: {error}", where=str(file), hint="fetch the model again") from None
     if not isinstance(value, dict):
-        raise UsageError(f"expected a JSON object, found {type(value).__name__}", where=str(file))
+        what = f"expected a JSON object, found {type(value).__name__}"
+        raise UsageError(what, where=str(file), hint="fetch the model again")
     return value

@@ -94,7 +94,7 @@ def _check_folder(folder: Path) -> None:
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UsageError(f"broken JSON: {error}", where=f"{where}/config.json") from None
+        raise UsageError(f"broken JSON: {error}", where=f"{where}/config.json", hint="fetch the model again") from None
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UsageError(
             "model folder without tokenizer", where=where, hint="save it there: tokenizer.save_pretrained(folder)"

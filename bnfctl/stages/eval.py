@@ -223,9 +223,8 @@ def _aggregate(task: tasks.Task, rows: list[dict[str, Any]], base: Artifact | No
     mine = [row for row in rows if row["task"] == task.name]
     grades = {row["item_id"]: row["grade"] for row in mine if row["grade"] is not None}
     if not grades:
-        raise BnfctlError(
-            f"{task.name}: no item could be graded", hint="bnfctl show of the rows tells what was answered"
-        )
+        hint = "a larger --limit, or items with known answers"
+        raise BnfctlError(f"{task.name}: no item could be graded", where=f"--tasks {task.name}", hint=hint)
     interval = statistics.wilson if task.binary else statistics.mean_interval
     details = [Reward(row["grade"], json.loads(row["extra"] or "{}")) for row in mine if row["grade"] is not None]
     result = {
@@ -240,7 +239,8 @@ def _aggregate(task: tasks.Task, rows: list[dict[str, Any]], base: Artifact | No
     theirs = {r["item_id"]: r["grade"] for r in base.rows(["task", "item_id", "grade"]) if r["task"] == task.name}
     both = [item for item in grades if theirs.get(item) is not None]
     if not both:
-        raise BnfctlError(f"{task.name}: policy and base share no graded item", hint="use the same --limit for both")
+        what = f"{task.name}: policy and base share no graded item"
+        raise BnfctlError(what, where="--base", hint="use the same --limit for both")
     gain = statistics.paired_difference([grades[i] for i in both], [theirs[i] for i in both])
     return {
         **result, "base_mean": sum(theirs[i] for i in both) / len(both), "paired": gain.n,

@@ -97,12 +97,13 @@ def make_pool(battles: Sequence[Battle], nulls: Nulls = "game") -> Pool:
         key = (battle.model, battle.prompt_id, battle.game)
         where = f"prompt {battle.prompt_id}, model {battle.model}, game {battle.game}"
         if battle.game not in (1, 2) or key in seen:
-            raise UsageError("a battle is game 1 or game 2, each once", where=where)
+            raise UsageError("a battle is game 1 or game 2, each once", where=where, hint="judge the prompt again")
         seen.add(key)
         m, c = models[battle.model], prompts[battle.prompt_id]
         longer = (battle.length - battle.baseline_length) / (battle.length + battle.baseline_length + 1)
         if not np.isnan(surplus[m, c]) and surplus[m, c] != longer:
-            raise UsageError("the two games of a prompt are about responses of the same length", where=where)
+            what = "the two games of a prompt are about responses of the same length"
+            raise UsageError(what, where=where, hint="judge the prompt again: the response has changed")
         surplus[m, c] = longer
         if battle.verdict is None:
             null.append((m, c))

@@ -189,7 +189,8 @@ def _sessions(ids: list[str]) -> list[str]:
     if not ids:
         raise UsageError("no judgment could be read", hint="bnfctl show of the rows tells what the judge wrote")
     if len(set(ids)) < len(ids):
-        raise UsageError("a session is judged twice", where=next(one for one in ids if ids.count(one) > 1))
+        twice = next(one for one in ids if ids.count(one) > 1)
+        raise UsageError("a session is judged twice", where=twice, hint="one row for each session and model")
     return ids
 
 
