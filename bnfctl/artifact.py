@@ -32,7 +32,7 @@ SCHEMA_VERSION = 1
 STAGES = ("generate", "score", "build", "train", "eval")
 KINDS = (*STAGES, "reference")
 """The artifacts of the stages, and the log-odds that trainings share."""
-CONTENT = ("rows", "model", "metrics.jsonl")
+CONTENT = ("rows", "shifts", "model", "metrics.jsonl")
 """What the digest covers.  Everything else in an artifact (logs, provenance) may differ between equal runs."""
 KEY_CHARS = 12
 
@@ -128,17 +128,17 @@ class Artifact:
         """stage/key, as it is written in lineages."""
         return f"{self.manifest.stage}/{self.manifest.key[:KEY_CHARS]}"
 
-    def rows(self, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Its rows, in order."""
+    def rows(self, columns: list[str] | None = None, folder: str = "rows") -> Iterator[dict[str, Any]]:
+        """Its rows, in order; folder: "shifts" for those of an eval artifact, none where it has no such folder."""
         from bnfctl.shards import read_parquet  # pyarrow, which `--help` has no use for
 
-        for shard in self.shards():
+        for shard in self.shards(folder):
             yield from read_parquet(shard, columns)
 
-    def shards(self) -> Iterator[Path]:
+    def shards(self, folder: str = "rows") -> Iterator[Path]:
         """Its Parquet files, in order, each hashed before it is given out: Parquet alone misses a flipped byte."""
         for entry in self.manifest.files:
-            if entry["path"].startswith("rows/"):
+            if entry["path"].startswith(f"{folder}/"):
                 shard = self.path / entry["path"]
                 if not shard.is_file() or digests.hash_file(shard) != entry["sha256"]:
                     state = "changed" if shard.is_file() else "missing"

@@ -16,11 +16,12 @@ from typing import Annotated, Any
 
 import typer
 
-from bnfctl import __version__, console, machine
-from bnfctl.artifact import KINDS, Store
-from bnfctl.config import CONFIGS, train_recipe
+from bnfctl import __version__, console, machine, verbs
+from bnfctl.config import CONFIGS
 from bnfctl.errors import BnfctlError, UsageError
 from bnfctl.options import allowed, base_type, fields, flag_name, resolve
+from bnfctl.recipes import train_recipe
+from bnfctl.verbs import DryRun, Force, Home, Json, complete_artifact, open_store
 
 app = typer.Typer(
     name="bnfctl",
@@ -31,26 +32,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_HOME_DEFAULT = "artifacts"
 _TO_STDOUT = {"-h", "--help", "--show-completion", "--install-completion"}
 """What typer itself prints to stdout."""
 
 # Typer carries its own copy of click from 0.26 on: whichever it is, this is its base error.
 _ClickError: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
-
-
-def _store(home: str | None) -> Store:
-    return Store(Path(home or os.environ.get("BNFCTL_HOME") or _HOME_DEFAULT))
-
-
-def _complete_artifact(stage: str | None) -> Callable[[str], list[str]]:
-    def complete(incomplete: str) -> list[str]:
-        store = _store(None)
-        refs = [artifact.ref for artifact in store.artifacts(stage)]
-        names = [name for name, ref in store.names().items() if stage is None or ref.startswith(f"{stage}/")]
-        return [word for word in (*names, *refs) if word.startswith(incomplete)]
-
-    return complete
 
 
 def _completion(field: Field[Any]) -> Callable[[str], list[str]] | None:
@@ -65,28 +51,17 @@ def _completion(field: Field[Any]) -> Callable[[str], list[str]] | None:
         return complete
     kind = field.metadata["input"]
     if kind in CONFIGS:
-        return _complete_artifact(kind)
-    return _complete_artifact("train") if kind == "model" else None
+        return complete_artifact(kind)
+    return complete_artifact("train") if kind == "model" else None
 
 
-_Home = Annotated[str | None, typer.Option("--home", help="Artifact store [env BNFCTL_HOME; default ./artifacts].")]
-_Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-_DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen, and why; load no model.")]
-_Force = Annotated[bool, typer.Option("--force", help="Make it again even if it is there.")]
-_Stage = Annotated[
-    str | None, typer.Argument(help="Only this stage, or reference.", autocompletion=lambda: list(KINDS))
-]
-_Ref = Annotated[str, typer.Argument(help="Name, stage/key or path.", autocompletion=_complete_artifact(None))]
-_Refs = Annotated[
-    list[str], typer.Argument(help="Names, stage/keys or paths.", autocompletion=_complete_artifact(None))
-]
 _COMMON: dict[str, Any] = {
     "config_file": Annotated[Path | None, typer.Option("--config", help="YAML with any of these fields; flags win.")],
     "name": Annotated[str | None, typer.Option("--name", help="Give the artifact a name.")],
-    "home": _Home,
-    "dry_run": _DryRun,
-    "force": _Force,
-    "as_json_output": _Json,
+    "home": Home,
+    "dry_run": DryRun,
+    "force": Force,
+    "as_json_output": Json,
 }
 
 
@@ -145,7 +120,7 @@ def _run_stage(
     recipe = train_recipe if stage == "train" else None
     config: Any
     config, origin = resolve(cls, flags, config_file, recipe)
-    store = _store(home)
+    store = open_store(home)
     if dry_run and machine.follows():
         return
     if dry_run:
@@ -191,15 +166,15 @@ def run(
     start: Annotated[
         str | None, typer.Option("--from", metavar="STEP", help="Start here; earlier steps must be made.")
     ] = None,
-    home: _Home = None,
-    dry_run: _DryRun = False,
-    force: _Force = False,
-    as_json_output: _Json = False,
+    home: Home = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+    as_json_output: Json = False,
 ) -> None:
     """Run a pipeline: each step in a child process; what is there already is not made again."""
     from bnfctl import pipeline, stages
 
-    work = pipeline.Run(pipeline.read(file, settings or ()), _store(home), start=start, force=force)
+    work = pipeline.Run(pipeline.read(file, settings or ()), open_store(home), start=start, force=force)
     if dry_run:
         verdicts = work.dry()
         document = [{"step": step.name, "stage": step.stage, "verdict": verdict} for step, verdict in verdicts]
@@ -216,142 +191,8 @@ def run(
     console.emit(json.dumps(pipeline.as_document(results), indent=2, ensure_ascii=False) if as_json_output else last)
 
 
-@app.command("ls")
-def ls_(stage: _Stage = None, home: _Home = None, as_json_output: _Json = False) -> None:
-    """List artifacts: what they are, how large, what they gave."""
-    from bnfctl import browse
-
-    if stage is not None and stage not in KINDS:
-        raise UsageError(f"unknown stage '{stage}'", where="STAGE", hint=f"one of: {', '.join(KINDS)}")
-    rows = browse.ls(_store(home), stage)
-    console.emit(json.dumps(rows, indent=2) if as_json_output else browse.ls_table(rows))
-
-
-@app.command()
-def show(
-    ref: _Ref,
-    rows: Annotated[
-        int | None, typer.Option("--rows", min=1, metavar="N", help="The first N rows, as JSON lines.")
-    ] = None,
-    lineage: Annotated[bool, typer.Option("--lineage", help="What it was made from.")] = False,
-    home: _Home = None,
-    as_json_output: _Json = False,
-) -> None:
-    """Show an artifact: config, inputs, result; or its rows; or its lineage."""
-    from dataclasses import asdict
-
-    from bnfctl import browse, stages
-
-    store = _store(home)
-    artifact = store.find(ref, where="REF")
-    if rows is not None:
-        lines = browse.rows(artifact, rows)
-        if as_json_output:
-            console.emit(json.dumps([json.loads(line) for line in lines], ensure_ascii=False))
-        else:
-            for line in lines:
-                console.emit(line)
-    elif lineage:
-        tree = browse.lineage(artifact, store)
-        console.emit(json.dumps(tree, indent=2) if as_json_output else "\n".join(browse.lineage_lines(tree)))
-    else:
-        document, more = asdict(artifact.manifest), ""
-        if artifact.manifest.stage == "build":
-            from bnfctl.analysis import preferences
-
-            document["report"] = preferences.report(artifact)
-            more = "\n\n" + preferences.as_text(document["report"])
-        elif artifact.manifest.stage == "eval":
-            more = "\n" + stages.module("eval").table_of(artifact)
-        text = json.dumps(document, indent=2, ensure_ascii=False) if as_json_output else browse.show(artifact) + more
-        console.emit(text)
-
-
-@app.command()
-def export(
-    ref: _Ref, path: Annotated[Path, typer.Argument(help="FILE.parquet, FILE.jsonl, or a folder for load_dataset.")],
-    layout: Annotated[
-        str, typer.Option("--format", help="preference: pairs; unpaired: single responses with a label.")
-    ] = "preference",
-    force: Annotated[bool, typer.Option("--force", help="Replace what an export left there.")] = False,
-    home: _Home = None, as_json_output: _Json = False,
-) -> None:  # fmt: skip
-    """Write a build as a TRL preference or unpaired set, which `datasets` and `bnfctl build` read."""
-    from bnfctl.data import exports
-
-    done = exports.export(_store(home).find(ref, "build", "REF"), path, layout, force)
-    console.say(done.line)
-    console.emit(json.dumps(done.__dict__) if as_json_output else done.path)
-
-
-@app.command()
-def verify(refs: Annotated[list[str] | None, typer.Argument(help="Artifacts; default all.")] = None,
-           home: _Home = None, as_json_output: _Json = False) -> None:  # fmt: skip
-    """Hash artifacts again: a flipped byte, a missing file, a changed input."""
-    from bnfctl import browse
-
-    problems = browse.verify(_store(home), refs or [])
-    bad = {ref: found for ref, found in problems.items() if found}
-    if as_json_output:
-        console.emit(json.dumps(problems, indent=2))
-    else:
-        console.emit(
-            "\n".join(f"{ref}: {'; '.join(found) or 'ok'}" for ref, found in problems.items()) or "no artifacts"
-        )
-    if bad:
-        hint = f"bnfctl rm {next(iter(bad))} --force, then the command that made it"
-        raise BnfctlError(
-            f"{len(bad)} of {len(problems)} artifacts are not what they were", where=next(iter(bad)), hint=hint
-        )
-
-
-@app.command()
-def rm(refs: _Refs, force: Annotated[bool, typer.Option("--force", help="Even if others were made from it.")] = False,
-       home: _Home = None, as_json_output: _Json = False) -> None:  # fmt: skip
-    """Delete artifacts and their names."""
-    from bnfctl import browse
-
-    gone = browse.rm(_store(home), refs, force)
-    console.emit(json.dumps({"removed": gone}) if as_json_output else "\n".join(f"removed {ref}" for ref in gone))
-
-
-@app.command()
-def gc(
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Free it without asking.")] = False,
-    checkpoints: Annotated[
-        bool, typer.Option("--checkpoints", help="Only old checkpoints; drafts stay resumable.")
-    ] = False,
-    home: _Home = None,
-    as_json_output: _Json = False,
-) -> None:
-    """Free unfinished drafts and old checkpoints, after saying what that would free."""
-    from bnfctl import browse
-
-    found, busy = browse.waste(_store(home), checkpoints)
-    total = browse.human(sum(item.bytes for item in found))
-    for name in busy:
-        console.say(f"in use: {name}")
-    for item in found:
-        console.say(f"{browse.human(item.bytes):>10}  {item.what}")
-    if not found:
-        console.say("nothing to free")
-    elif not yes and not (sys.stdin.isatty() and typer.confirm(f"free {total}?", err=True)):
-        console.say(f"would free {total}; nothing was freed (--yes frees it)")
-        found = []
-    freed = browse.free(found)
-    console.emit(json.dumps({"freed_bytes": freed}) if as_json_output else f"freed {browse.human(freed)}")
-
-
-@app.command()
-def doctor(home: _Home = None, as_json_output: _Json = False) -> None:
-    """Say what this machine can do, and how to install what is missing."""
-    from dataclasses import asdict
-
-    from bnfctl import doctor as doctor_
-
-    findings = list(doctor_.examine(_store(home).home))
-    document = json.dumps([asdict(finding) for finding in findings], indent=2)
-    console.emit(document if as_json_output else doctor_.as_table(findings))
+for _verb_name, _verb in verbs.VERBS.items():
+    app.command(_verb_name)(_verb)
 
 
 def _version(value: bool) -> None:

@@ -5,7 +5,6 @@ A field's help, default, range and choices become its flag, its YAML key and its
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SAMPLERS = ("auto", *SAMPLERS)
 ABOUT_SERVERS = ("server", "served_model", "concurrency", "timeout", "retries", "api_key_env")
 """The fields of generate and score that only a client of servers has a use for."""
+_SERVED_JUDGE = "Name of the judge on the servers. Default: the only model they have."
 _TEMPLATE = "Argument of the chat template, name=value, e.g. enable_thinking=false; may be repeated."
 
 
@@ -129,9 +129,7 @@ class ScoreConfig:
     )
     judge_tokens: int = opt(1024, help="Longest answer of the judge in tokens.", low=1, since_default=True)
     judge_temperature: float = opt(0.0, help="0 is greedy.", low=0, high=10, since_default=True)
-    served_model: str | None = opt(
-        None, help="Name of the judge on the servers. Default: the only model they have.", since_default=True
-    )
+    served_model: str | None = opt(None, help=_SERVED_JUDGE, since_default=True)
     server: tuple[str, ...] = _servers()
     concurrency: int = _concurrency()
     timeout: float = _timeout()
@@ -308,22 +306,71 @@ class ReferenceConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Grade a model on tasks; compare it with another on the same items."""
+    """Grade responses on tasks: a model's, or those in files; compare models on the same items."""
 
-    model: str = opt(help="Hub id, folder, train artifact or lab.", input="model", positional=True)
     tasks: tuple[str, ...] = opt(help="Tasks, separated by commas.", choices=lambda: list(TASKS))
-    base: str | None = opt(None, help="Eval artifact of the base model: adds paired differences.", input="eval")
-    data_dir: str | None = opt(
-        None, help="Folder with the tasks' items (gsm8k.jsonl, ...) instead of the hub's.", input="data"
+    model: str | None = opt(
+        None, help="Hub id, folder, train artifact or lab; not needed with --responses.", input="model", positional=True
     )
-    template: str | None = opt(
-        None, help="File with the prompt of gsm8k, math-l5, crux and mmlu-redux, in place of the built-in one.",
-        input="file",
+    responses: tuple[str, ...] = opt(
+        (), input="data",
+        help="File with responses or judgments made elsewhere, or an eval artifact; several make a table. One task.",
     )  # fmt: skip
+    base: str | None = opt(None, help="Eval artifact of the base model: adds paired differences.", input="eval")
+    data_dir: str | None = opt(None, help="Folder with the tasks' items, instead of the hub's.", input="data")
+    template: str | None = opt(None, help="Prompt of gsm8k, math-l5, crux and mmlu-redux, not ours.", input="file")
     mathverify: bool = opt(False, help="Grade gsm8k and math-l5 by math-verify too (extra math).", since_default=True)
     crux_grader: str = opt(
         "zeroeval-20240922", help="What decides in crux; the others are reported beside it.", since_default=True,
         choices=("zeroeval-20240922", "zeroeval-20240801", "literal"),
+    )  # fmt: skip
+    reference: str | None = opt(
+        None, help="Model that `shifts` compares with. Default: the one that a train artifact started from.",
+        input="model",
+    )  # fmt: skip
+    shift_prompts: str | None = opt(
+        None, help="Prompts of `shifts`, as `generate --prompts`. Default: the first 1,000 of WildBench.", input="data"
+    )
+    shift_responses: str = opt(
+        "policy", help="Who writes the greedy responses of `shifts`; of the reference, methods compare token by token.",
+        choices=("policy", "reference"), since_default=True,
+    )  # fmt: skip
+    judge: str | None = opt(
+        None, help="Judge model (hub id or folder) that vLLM serves here for the time of the run; or give --server.",
+        input="model",
+    )  # fmt: skip
+    served_model: str | None = opt(None, help=_SERVED_JUDGE, since_default=True)
+    judge_prompt: str | None = opt(
+        None, help="File with the judge's prompt in place of the built-in one, e.g. the original.", input="file",
+        since_default=True,
+    )  # fmt: skip
+    judge_temperature: float | None = opt(
+        0.0, help="0 is greedy; none sends none, for judges that take only their own.", low=0, high=10,
+        since_default=True,
+    )  # fmt: skip
+    judge_tokens: int | None = opt(
+        None, help="Longest judgment in tokens, for judges that think first. Default: the protocol's.", low=1,
+        since_default=True,
+    )  # fmt: skip
+    judge_json: bool = opt(
+        True, help="Ask for JSON where the protocol does; off for servers that refuse it.", since_default=True
+    )
+    verdicts: str = opt(
+        "2024", help="How arena-hard reads verdicts: as the code of 2024 (v0.1), or as that of 2025.",
+        choices=("2024", "2025"), since_default=True,
+    )  # fmt: skip
+    length_unit: str = opt(
+        "characters", help="Unit of arena-hard's length control: characters, or a model whose tokenizer counts tokens.",
+        since_default=True,
+    )  # fmt: skip
+    server: tuple[str, ...] = _servers()
+    concurrency: int = _concurrency()
+    timeout: float = _timeout()
+    retries: int = _retries()
+    api_key_env: str = _api_key_env()
+    max_calls: int | None = opt(
+        None, help="Most calls of the judge; then exit 1, and more of them go on there. A limit, so not in the key.",
+        key=False, low=1,
     )  # fmt: skip
     sampler: str = opt("auto", help="auto takes vllm where it is installed.", choices=("auto", "vllm", "hf"))
     limit: int | None = opt(None, help="Take the first N items of each task.", low=1)
@@ -332,8 +379,9 @@ class EvalConfig:
     chunk: int = opt(256, help="Prompts per chunk.", low=1)
     chat_template_kwargs: tuple[str, ...] = opt((), help=_TEMPLATE, since_default=True)
     require: tuple[str, ...] = opt(
-        (), help="Gate, e.g. 'lab-chat>=0.5' or 'lab-chat.gain>=0.15'; exit 3. Checked after, so not in the key.",
-        key=False,
+        (), key=False,
+        help="Gate, e.g. 'gsm8k>=0.3', 'lab-chat.gain>=0.15' or 'reasoning.drop<=0.02'; exit 3. Checked after, so not "
+        "in the key.",
     )  # fmt: skip
     gpu_memory: float = opt(0.9, help="Share of the GPU's memory for vLLM. " + _MACHINE, key=False, low=0.05, high=1)
     devices: int | None = _processes("GPUs to use, one engine each (or one per --tensor-parallel of them)")
@@ -348,31 +396,3 @@ CONFIGS: dict[str, type] = {
     "train": TrainConfig,
     "eval": EvalConfig,
 }
-
-PUBLISHED_SETS = {
-    "mistralai/Mistral-7B-Instruct-v0.2": "princeton-nlp/mistral-instruct-ultrafeedback",
-    "meta-llama/Meta-Llama-3-8B-Instruct": "princeton-nlp/llama3-ultrafeedback-armorm",
-    "google/gemma-2-9b-it": "princeton-nlp/gemma2-ultrafeedback-armorm",
-}
-"""The preference sets that the paper trained its three models on."""
-
-_TRAIN_RECIPES: dict[str, dict[str, Any]] = {
-    "mistralai/Mistral-7B-Instruct-v0.2": {"lr": 5e-7},
-    "meta-llama/Meta-Llama-3-8B-Instruct": {"lr": 6e-7},
-    "google/gemma-2-9b-it": {"lr": 8e-7},
-    "lab": {"lr": 1.8e-4, "batch_size": 32},
-}
-"""Paper, section 4: learning rates after its grid search at batch 128; the lab's are measured in its notes."""
-
-
-LORA_LR = 1e-5
-"""Of adapters, which start at 0 and need a larger rate than the paper's, which are for all parameters."""
-
-
-def train_recipe(values: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """(title, values) that a known base model brings along, and LoRA's rate; empty for any other."""
-    model = str(values.get("model") or "").split("@")[0]
-    recipe = _TRAIN_RECIPES.get(model, {})
-    if values.get("lora"):
-        return "recipe of LoRA: the rates of full training don't apply", {**recipe, "lr": LORA_LR}
-    return f"recipe of {model}", recipe

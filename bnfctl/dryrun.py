@@ -27,7 +27,10 @@ def describe(plan: Plan, origin: dict[str, str], store: Store, force: bool) -> d
         "why": [] if found else _differences(plan, store),
     }
     module = stages.module(plan.stage)
-    return {**document, "memory": module.estimate(plan, store)} if hasattr(module, "estimate") else document
+    ahead = {"memory": "estimate", "judge": "judging"}
+    return document | {
+        name: getattr(module, told)(plan, store) for name, told in ahead.items() if hasattr(module, told)
+    }
 
 
 def _input_line(pinned: Pinned) -> str:
@@ -61,7 +64,7 @@ def as_text(document: dict[str, Any]) -> str:
     lines += [f"  note: {note}" for note in document["notes"]]
     lines += [f"  not resolved: {name}: {why}" for name, why in document["unresolved"].items()]
     lines += [f"  why: {why}" for why in document["why"]]
-    lines += [f"  memory: {line}" for line in document.get("memory", ())]
+    lines += [f"  {name}: {line}" for name in ("memory", "judge") for line in document.get(name, ())]
     lines.append(f"  key: {document['key'] or 'known when every input is resolved'}")
     return "\n".join(lines)
 

@@ -20,9 +20,10 @@ from typing import Any
 
 from bnfctl import console, launch, machine, stages
 from bnfctl.artifact import Artifact, Plan, Store
-from bnfctl.config import CONFIGS, train_recipe
+from bnfctl.config import CONFIGS
 from bnfctl.errors import BnfctlError, UsageError, nearest
 from bnfctl.options import base_type, check_keys, fields, read_yaml, resolve
+from bnfctl.recipes import train_recipe
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _TOP = ("name", "vars", "steps")
@@ -271,15 +272,7 @@ def headline(artifact: Artifact) -> str:
     """What a step gave, in a few words."""
     summary = artifact.manifest.summary
     if artifact.manifest.stage == "eval":
-        parts = []
-        for name, result in summary["tasks"].items():
-            gain = (
-                f" ({result['gain']:+.3f} [{result['gain_low']:+.3f}, {result['gain_high']:+.3f}])"
-                if "gain" in result
-                else ""
-            )
-            parts.append(f"{name} {result['mean']:.3f}{gain}")
-        return ", ".join(parts)
+        return str(stages.module("eval").headline_of(artifact))
     shown = [
         "prompts",
         "candidates",

@@ -178,7 +178,7 @@ class _Crew:
                 _kill(worker.process)
 
     def _start(self, number: int) -> _Worker:
-        environment = {**os.environ, **_share_of_gpus(number, self.job.gpus_each)}
+        environment = {**os.environ, **share_of_gpus(number, self.job.gpus_each)}
         environment.setdefault("OMP_NUM_THREADS", str(self.job.threads))
         # The first one has this process's stderr; the voices of all would be a muddle.
         with open(self._log(number), "ab") if number else contextlib.nullcontext() as log:
@@ -251,7 +251,7 @@ def _failure(name: str, said: dict[str, Any] | None, code: int, places: list[str
     return error
 
 
-def _share_of_gpus(number: int, each: int) -> dict[str, str]:
+def share_of_gpus(number: int, each: int) -> dict[str, str]:
     """CUDA_VISIBLE_DEVICES of a worker; nothing where there is no GPU."""
     count = machine.visible_gpus()
     if not count:

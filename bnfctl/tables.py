@@ -50,6 +50,10 @@ TASKS = {
     "math-l5": "bnfctl.tasks.math_l5:MathL5",
     "crux": "bnfctl.tasks.crux:Crux",
     "mmlu-redux": "bnfctl.tasks.mmlu_redux:MMLURedux",
+    "arena-hard": "bnfctl.tasks.arena_hard:ArenaHard",
+    "wildbench": "bnfctl.tasks.wildbench:WildBench",
+    "wildbench-pairs": "bnfctl.tasks.wildbench_pairs:WildBenchPairs",
+    "shifts": "bnfctl.tasks.shift_prompts:ShiftPrompts",
 }
 MODELS = {"lab": "bnfctl.lab:MODEL_PATH"}
 """Models that come with the package."""

@@ -17,8 +17,12 @@ from bnfctl.artifact import Artifact, Plan, Store
 from bnfctl.config import BuildConfig
 from bnfctl.data import pairing
 from bnfctl.shards import write_shards
+from tests import warm
 
 REPOSITORY = Path(__file__).parent.parent
+
+# Tiny tensors: a second thread only waits for a core, and two workers of pytest-xdist share two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -87,11 +91,25 @@ def bnfctl(tmp_path: Path) -> Callable[..., Done]:
     """Run `bnfctl ARGS` as its own process, with the store in tmp_path/artifacts."""
 
     def run(*args: str | Path, env: dict[str, str] | None = None, timeout: float = 300) -> Done:
-        environment = {**os.environ, "BNFCTL_HOME": str(tmp_path / "artifacts"), "HF_HUB_OFFLINE": "1", **(env or {})}
         command = [sys.executable, "-m", "bnfctl", *map(str, args)]
         done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, cwd=REPOSITORY, timeout=timeout, check=False
-        )
+            command, capture_output=True, text=True, env=environment(tmp_path, env), cwd=REPOSITORY, timeout=timeout,
+            check=False,
+        )  # fmt: skip
         return Done(done)
 
     return run
+
+
+@pytest.fixture
+def warm_bnfctl(tmp_path: Path) -> Callable[..., Done]:
+    """As `bnfctl`, in a process that has torch and transformers imported already: where they are not the matter."""
+
+    def run(*args: str | Path, env: dict[str, str] | None = None, timeout: float = 300) -> Done:
+        return Done(warm.bnfctl([*map(str, args)], environment(tmp_path, env), REPOSITORY, timeout))
+
+    return run
+
+
+def environment(tmp_path: Path, more: dict[str, str] | None) -> dict[str, str]:
+    return {**os.environ, "BNFCTL_HOME": str(tmp_path / "artifacts"), "HF_HUB_OFFLINE": "1", **(more or {})}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import sys
@@ -18,6 +17,7 @@ import torch.distributed as dist
 
 from bnfctl.machine import Place
 from bnfctl.training.world import World
+from tests import warm
 from tests.conftest import REPOSITORY
 
 SCRIPT = str(REPOSITORY / "tests" / "rank_script.py")
@@ -37,7 +37,7 @@ def one_process() -> World:
 
 def run_ranks(work: Callable[..., None], size: int, *args: Any, timeout: float = 200) -> None:
     """Call work(world, *args), a function of a module, on every rank; the first traceback is raised here."""
-    context = multiprocessing.get_context("spawn")
+    context = warm.context()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [context.Process(target=_rank, args=(rank, size, folder, work, args)) for rank in range(size)]
         for process in ranks:

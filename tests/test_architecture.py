@@ -23,23 +23,26 @@ LAYERS = [
     {"console", "durable", "tables", "hub", "machine", "shape"},
     {"options", "pool"},
     {"config", "digests", "shards"},
-    {"artifact", "footprint"},
+    {"artifact", "footprint", "recipes"},
     {"data"},
     {"model", "losses", "client"},
     {"samplers", "scorers", "training", "tasks", "analysis"},
+    {"evaluation"},
+    {"report"},
     {"stages", "lab"},
     {"ranks"},
     {"launch"},
     {"pipeline"},
     {"browse", "dryrun"},
     {"doctor"},
+    {"verbs"},
     {"cli"},
     {"__main__"},
 ]
 """Lowest first.  A module imports from lower layers only; a package may also import from itself."""
 
-LIGHT = {"cli", "options", "config", "errors", "console", "artifact", "shards", "pool", "pipeline", "launch", "ranks", "tables", "hub",
-         "digests", "durable", "browse", "dryrun", "machine", "footprint", "shape", "__main__"}  # fmt: skip
+LIGHT = {"cli", "verbs", "options", "config", "errors", "console", "artifact", "shards", "pool", "pipeline", "launch", "ranks", "tables", "hub",
+         "digests", "durable", "browse", "dryrun", "machine", "footprint", "recipes", "shape", "__main__"}  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "vllm", "accelerate"}
 
 

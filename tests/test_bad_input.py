@@ -23,6 +23,11 @@ GOOD = [{"id": f"q{i}", "prompt": f"{i} + 1?", "answer": str(i + 1), "responses"
 PREFERENCES = [{"id": f"r{i}", "prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(3)]
 
 
+@pytest.fixture
+def bnfctl(warm_bnfctl: Run) -> Run:
+    return warm_bnfctl
+
+
 def refused(done: Done, store: Store, *, what: str, where: str, hint: str, code: int = 2, before: int = 0) -> None:
     """Exactly error, where and hint (each a pattern), the exit code, nothing on stdout, nothing new in the store."""
     assert done.code == code, done.err

@@ -59,7 +59,7 @@ def test_end_to_end(environment: dict[str, str], tmp_path: Path) -> None:
     done = run_script("end_to_end.sh", "lab", "lab:chat", "6", environment=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     last = Artifact(Path(done.stdout.splitlines()[-1]))
-    assert last.manifest.stage == "eval" and "gain" in last.manifest.summary["tasks"]["lab-chat"]
+    assert last.manifest.stage == "eval" and "gain" in next(iter(last.manifest.summary["tasks"]["lab-chat"]["models"].values()))
     store = Store(tmp_path / "artifacts")
     assert {stage: len(list(store.artifacts(stage))) for stage in STAGES} == {**dict.fromkeys(STAGES, 1), "eval": 2}
     assert store.names()["aligned"] == last.manifest.inputs["model"]["ref"]

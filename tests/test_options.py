@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from bnfctl.config import CONFIGS, GenerateConfig, TrainConfig, train_recipe
+from bnfctl.config import CONFIGS, GenerateConfig, TrainConfig
 from bnfctl.errors import UsageError
 from bnfctl.options import allowed, as_json, base_type, canonical, decode, fields, fingerprint, key_fields, opt, resolve
+from bnfctl.recipes import train_recipe
 
 REQUIRED: dict[str, dict[str, Any]] = {
     "generate": {"prompts": "p.jsonl"},

@@ -11,8 +11,8 @@ import pytest
 
 from bnfctl import losses, options, pipeline
 from bnfctl.artifact import Artifact, Store
-from bnfctl.config import PUBLISHED_SETS
 from bnfctl.errors import UsageError
+from bnfctl.recipes import PUBLISHED_SETS
 from tests.conftest import REPOSITORY, Done
 
 SHIPPED = sorted((REPOSITORY / "pipelines").glob("*.yaml"))
@@ -169,23 +169,28 @@ def small(tmp_path: Path) -> Path:
 
 SEVERAL_SCORERS = """
 steps:
-  responses: {stage: generate, model: lab, prompts: "lab:chat", limit: 4, n: 3, max_tokens: 40, sampler: hf}
-  first: {stage: score, input: responses, rule: lab}
-  second: {stage: score, input: responses, rule: regex, pattern: "[aeiou]+"}
-  third: {stage: score, input: responses, rule: regex, pattern: "[xyz]+"}
+  responses: {stage: generate, sampler: file, prompts: RESPONSES}
+  first: {stage: score, input: responses, rule: exact}
+  second: {stage: score, input: responses, rule: numeric}
+  third: {stage: score, input: responses, rule: regex, pattern: "^(.)$"}
   pairs: {stage: build, input: first, also: %s, filter: second, filter_min: 0.5}
 """
 
 
-@pytest.mark.parametrize("also", ["second", "[second]", '"second, third"'])
-def test_an_input_field_takes_several_steps(tmp_path: Path, store: Store, also: str) -> None:
-    work = pipeline.Run(pipeline.read(write(tmp_path, SEVERAL_SCORERS % also)), store)
-    assert {step.name: verdict for step, verdict in work.dry()}["pairs"] == "to be made after first"
-    made = {result.step.name: result.artifact for result in work.run()}
-    inputs = made["pairs"].manifest.inputs
-    assert inputs["input"]["ref"] == made["first"].ref
-    assert {inputs["also0"]["ref"], inputs["filter"]["ref"]} == {made["second"].ref}
-    assert ("also1" in inputs) == ("," in also)
+def test_an_input_field_takes_several_steps(tmp_path: Path, store: Store) -> None:
+    responses = tmp_path / "responses.jsonl"
+    responses.write_text('{"prompt": "2 + 3?", "responses": ["5", "4", "It is 5."], "answer": "5"}\n')
+    text = SEVERAL_SCORERS.replace("RESPONSES", str(responses))
+    for also in ("second", "[second]", '"second, third"'):
+        steps = pipeline.read(write(tmp_path, text % also))
+        nothing = pipeline.Run(steps, Store(tmp_path / "empty"))
+        assert {step.name: verdict for step, verdict in nothing.dry()}["pairs"] == "to be made after first"
+        made = {result.step.name: result.artifact for result in pipeline.Run(steps, store).run()}
+        inputs = made["pairs"].manifest.inputs
+        assert inputs["input"]["ref"] == made["first"].ref
+        assert inputs["filter"]["ref"] == made["second"].ref
+        others = [inputs[name]["ref"] for name in sorted(inputs) if name.startswith("also")]
+        assert others == [made[name].ref for name in ("second", "third")[: 1 + ("," in also)]]
 
 
 def test_an_input_field_refuses_what_is_no_list_of_steps(tmp_path: Path, store: Store) -> None:

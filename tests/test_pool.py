@@ -70,9 +70,9 @@ def test_units_are_pulled_lazily(tmp_path: Path) -> None:
 def test_each_worker_has_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "visible_gpus", lambda: 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6, 4,GPU-ab,1")
-    assert [pool._share_of_gpus(number, 2)["CUDA_VISIBLE_DEVICES"] for number in (0, 1)] == ["6,4", "GPU-ab,1"]
+    assert [pool.share_of_gpus(number, 2)["CUDA_VISIBLE_DEVICES"] for number in (0, 1)] == ["6,4", "GPU-ab,1"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert [pool._share_of_gpus(number, 1)["CUDA_VISIBLE_DEVICES"] for number in range(4)] == ["0", "1", "2", "3"]
+    assert [pool.share_of_gpus(number, 1)["CUDA_VISIBLE_DEVICES"] for number in range(4)] == ["0", "1", "2", "3"]
     list(pool.run(job(tmp_path, seconds=0.05), range(6)))
     assert {gpus for _, gpus, _ in written(tmp_path).values()} == {"0", "1"}
 

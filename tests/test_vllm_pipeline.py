@@ -19,7 +19,7 @@ def test_the_smoke_pipeline_and_the_aligned_model_run_on_vllm(bnfctl: Callable[.
     for name in ("responses", "base-eval", "aligned-eval"):
         manifest = bnfctl("show", steps[name]["artifact"], "--json").json
         assert manifest["provenance"]["engine"].startswith("vllm ")
-    assert steps["aligned-eval"]["summary"]["tasks"]["lab-chat"]["paired"] == 16
+    assert steps["aligned-eval"]["summary"]["tasks"]["lab-chat"]["models"].popitem()[1]["paired"] == 16
     again = bnfctl("run", REPOSITORY / "pipelines" / "smoke.yaml", "--json", "--set", "vars.sampler=vllm")
     assert all(step["cached"] for step in again.json["steps"])
 

@@ -94,10 +94,11 @@ def _rewards(batch: pa.RecordBatch) -> Iterator[tuple[str, Numbers, Numbers]]:
 class Histogram:
     """Counts of several sets of numbers over the same bins; of a few distinct numbers, one bin each."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], bins: int = BINS) -> None:
+        self._bins = bins
         self._low, self._high = math.inf, -math.inf
         self._distinct: set[float] = set()
-        self._counts = dict.fromkeys(names, np.zeros(BINS, np.int64))
+        self._counts = dict.fromkeys(names, np.zeros(bins, np.int64))
         self._totals = dict.fromkeys(names, (0, 0.0))
 
     def widen(self, name: str, values: Numbers) -> None:
@@ -105,30 +106,30 @@ class Histogram:
         if not len(values):
             return
         self._low, self._high = min(self._low, values.min().item()), max(self._high, values.max().item())
-        if len(self._distinct) <= BINS:
-            self._distinct.update(np.unique(values)[: BINS + 1].tolist())
+        if len(self._distinct) <= self._bins:
+            self._distinct.update(np.unique(values)[: self._bins + 1].tolist())
         count, total = self._totals[name]
         with np.errstate(over="ignore"):
             self._totals[name] = count + len(values), total + values.sum().item()
 
     def add(self, name: str, values: Numbers) -> None:
         """Second pass: the counts."""
-        if len(self._distinct) <= BINS:
+        if len(self._distinct) <= self._bins:
             place = np.searchsorted(sorted(self._distinct), values)
         else:
             place = np.searchsorted(self._edges()[1:-1], values, side="right")
-        self._counts[name] = self._counts[name] + np.bincount(place, minlength=BINS)
+        self._counts[name] = self._counts[name] + np.bincount(place, minlength=self._bins)
 
     def _edges(self) -> Numbers:
-        """[BINS + 1]"""
-        share = np.linspace(0, 1, BINS + 1)
+        """[bins + 1]"""
+        share = np.linspace(0, 1, self._bins + 1)
         return self._low * (1 - share) + self._high * share  # no difference, which may overflow
 
     def document(self) -> dict[str, Any] | None:
         """Bins as [low, high], the last one with its end; None where there is no number."""
         if not self._distinct:
             return None
-        if len(self._distinct) <= BINS:
+        if len(self._distinct) <= self._bins:
             bins = [[value, value] for value in sorted(self._distinct)]
         else:
             bins = [list(edge) for edge in pairwise(self._edges().tolist())]

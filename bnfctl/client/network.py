@@ -148,6 +148,8 @@ class Network:
             try:
                 answer = await self._try(http, request)
                 if "refused" in answer:
+                    if self._answers is not None:
+                        self._answers.release(key)
                     self.done.put((key, answer))
                     return
                 kept = asyncio.Event()

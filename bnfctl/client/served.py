@@ -9,7 +9,7 @@ from typing import Any
 from bnfctl import console
 from bnfctl.client.endpoint import Client
 from bnfctl.client.servers import Backoff, RefusedError
-from bnfctl.config import GenerateConfig, ScoreConfig
+from bnfctl.config import EvalConfig, GenerateConfig, ScoreConfig
 from bnfctl.errors import BnfctlError, UsageError, nearest
 
 _TRIES = 4
@@ -30,16 +30,17 @@ class Served:
 
 
 def connect(
-    config: GenerateConfig | ScoreConfig, answers: Path | None = None, backoff: Backoff | None = None
+    config: GenerateConfig | ScoreConfig | EvalConfig, answers: Path | None = None, backoff: Backoff | None = None
 ) -> Client:
     """A client for the servers of a config; UsageError for a URL or a key that cannot be used."""
     return Client(
         config.server, concurrency=config.concurrency, timeout=config.timeout, retries=config.retries,
         api_key_env=config.api_key_env, answers=answers, backoff=backoff,
+        max_calls=config.max_calls if isinstance(config, EvalConfig) else None,
     )  # fmt: skip
 
 
-def name_for(config: GenerateConfig | ScoreConfig) -> str:
+def name_for(config: GenerateConfig | ScoreConfig | EvalConfig) -> str:
     """The model that a config means: the one it names, or the only one that its servers have.  Raises as `served`."""
     client = connect(config)
     return config.served_model or served(client, None).name

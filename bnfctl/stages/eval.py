@@ -1,305 +1,190 @@
-"""eval: grade a model on tasks, and compare it with another on the same items."""
+"""eval: grade responses on tasks, a model's own or those in files, and compare models on the same items."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
-from itertools import groupby
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from typing import Any
 
-import pyarrow as pa
-
-from bnfctl import console, machine, pool, samplers, shards, tasks
-from bnfctl.artifact import Artifact, Draft, Pinned, Plan, Store
+from bnfctl import machine, pool, samplers, shards
+from bnfctl.artifact import Draft, Pinned, Plan, Store
 from bnfctl.config import EvalConfig
-from bnfctl.data.records import Candidate, Prompt, Reward
-from bnfctl.data.sources import pin_data
-from bnfctl.errors import BnfctlError, GateError, UsageError, nearest
+from bnfctl.errors import UsageError
+from bnfctl.evaluation import gates, imported, shifting
+from bnfctl.evaluation.asking import NO_ENGINE, Asker, calls_ahead
+from bnfctl.evaluation.figures import figures, with_holm
+from bnfctl.evaluation.inputs import SHIFTS, AnyTask, make_tasks, name_of, pin_files, pin_items
+from bnfctl.evaluation.inputs import check as check_flags
+from bnfctl.evaluation.rows import SCHEMA, text_of
+from bnfctl.evaluation.sampling import candidates_of, sample
+from bnfctl.evaluation.shown import headline_of, table_of
 from bnfctl.model.source import model_dir, pin_model
-from bnfctl.model.threads import cpu_threads
-from bnfctl.options import as_json, canonical, from_json, refuse
-from bnfctl.tables import TASKS, load
-from bnfctl.tasks import statistics
+from bnfctl.model.vllm import check_server
+from bnfctl.options import refuse
+from bnfctl.stages import name_served
+from bnfctl.tasks.imports import Answered
+from bnfctl.tasks.judged_rows import to_row
+from bnfctl.tasks.judging import Fingerprint, Judged, JudgedTask
+from bnfctl.tasks.judging import estimate as estimate_calls
 
-STAGE, VERSION = "eval", 1
+__all__ = ["STAGE", "VERSION", "check", "headline_of", "judging", "plan", "run", "table_of"]
 
-SCHEMA = pa.schema(
-    [
-        ("task", pa.string()),
-        ("item_id", pa.string()),
-        ("prompt", shards.MESSAGES),
-        ("response", pa.string()),
-        ("tokens", pa.int32()),
-        ("finish_reason", pa.string()),
-        ("grade", pa.float64()),
-        ("extra", pa.string()),
-    ]
-)
-"""One row per item of a task, in the task's order."""
-
-_GATE = re.compile(r"\s*([a-z0-9-]+)(?:\.(mean|low|high|gain|gain_low|gain_high))?\s*(>=|<=|>|<)\s*(\S+)\s*")
+STAGE, VERSION = "eval", 2
+check = gates.check
 
 
 def plan(config: EvalConfig, store: Store) -> Plan:
-    """Resolve the model, the sampler and the base's grades."""
+    """Resolve the model, the sampler, the data, the judge and the base's grades."""
+    check_flags(config)
     for gate in config.require:
-        _parse_gate(gate, config)
-    sampler = samplers.resolve(config.sampler)
-    if sampler != "vllm":
-        refuse(config, ["tensor_parallel"], f"is for --sampler vllm, not {sampler}")
+        gates.parse(gate, config)
+    sampler = samplers.resolve(config.sampler) if config.model is not None else "hf"
+    if sampler != "vllm" and config.judge is None:
+        refuse(config, ["tensor_parallel"], f"is for --sampler vllm and --judge, not {sampler}")
     pool.processes(config.devices, config.tensor_parallel)
-    notes = (f"sampler: {sampler}",) if config.sampler == "auto" else ()
-    inputs = {"model": pin_model(config.model, store, "MODEL"), **_data(config, store)}
-    versions = {name: task.version for name, task in _tasks(config, inputs).items()}
+    notes = (f"sampler: {sampler}",) if config.sampler == "auto" and config.model is not None else ()
+    inputs = {"model": pin_model(config.model, store, "MODEL")} if config.model is not None else {}
+    inputs |= {**pin_items(config, store), **pin_files(config, store)}
+    if config.judge is not None:
+        check_server("--judge", NO_ENGINE)
+    if SHIFTS in config.tasks:
+        inputs["reference"] = shifting.reference_of(config, store, inputs["model"])
+    versions = {name: task.version for name, task in make_tasks(config, inputs).items()}
     if config.base is not None:
-        base = store.find(config.base, "eval", "--base")
-        hint = f"bnfctl eval {base.manifest.config['model']} --tasks {','.join(config.tasks)}"
-        for name, version in versions.items():
-            graded = base.manifest.summary["tasks"].get(name)
-            if graded is None:
-                raise UsageError(f"the base has no grades for {name}", where="--base", hint=hint)
-            if graded["version"] != version:
-                what = f"{name}: the base was graded by version {graded['version']}, this is {version}"
-                raise UsageError(what, where="--base", hint=hint)
-        inputs["base"] = base.pinned()
+        inputs["base"] = _base(config, store, versions)
+    if config.server:
+        config, unknown = name_served(config)
+        inputs |= unknown
     return Plan(
-        STAGE,
-        VERSION,
-        dataclasses.replace(config, sampler=sampler, dtype=machine.resolve_dtype(config.dtype)),
-        inputs,
-        notes,
-        versions,
-    )
+        STAGE, VERSION, dataclasses.replace(config, sampler=sampler, dtype=machine.resolve_dtype(config.dtype)), inputs,
+        notes, versions,
+    )  # fmt: skip
 
 
-def _data(config: EvalConfig, store: Store) -> dict[str, Pinned]:
-    """The items of the tasks that have some outside this package, and the template, each pinned by its content."""
-    found = {}
-    for name in config.tasks:
-        source = getattr(load(TASKS, name, "task"), "source", None)
-        if source is not None and config.data_dir is not None:
-            found[f"items-{name}"] = pin_data(str(source.local(Path(config.data_dir))), store, "--data-dir")
-        elif source is not None:
-            found[f"items-{name}"] = pin_data(source.hub, store, "--tasks", source.split)
-    if config.template is not None:
-        found["template"] = pin_data(config.template, store, "--template")
-    return found
+def _base(config: EvalConfig, store: Store, versions: dict[str, str]) -> Pinned:
+    """The base's grades; UsageError where they are none of the same tasks."""
+    base = store.find(str(config.base), STAGE, "--base")
+    hint = f"bnfctl eval {base.manifest.config['model']} --tasks {','.join(config.tasks)}"
+    if base.manifest.stage_version != VERSION:
+        raise UsageError("the base was evaluated by an older bnfctl", where="--base", hint=hint)
+    for name, version in versions.items():
+        graded = base.manifest.summary["tasks"].get(name)
+        if graded is None:
+            raise UsageError(f"the base has no grades for {name}", where="--base", hint=hint)
+        if graded["version"] != version:
+            what = f"{name}: the base was graded by version {graded['version']}, this is {version}"
+            raise UsageError(what, where="--base", hint=hint)
+    return base.pinned()
 
 
-def _tasks(config: EvalConfig, inputs: Mapping[str, Pinned]) -> dict[str, tasks.Task]:
-    """The tasks of the config on their pinned data; UsageError for a flag that none of them knows."""
-    given = {name: getattr(config, name) for name in ("data_dir", "template", "mathverify", "crux_grader")}
-    known = set().union(*map(tasks.takes, config.tasks))
-    refuse(config, given.keys() - known, f"changes nothing here: no task of {', '.join(config.tasks)} takes it")
-    if config.template is not None:
-        given["template"] = Path(config.template)
-    made = {}
-    for name in config.tasks:
-        items = inputs.get(f"items-{name}")
-        place = Path(items.path) if items is not None and items.path is not None else None
-        options = {**given, "data_dir": place, "pinned": items, "model": config.model}
-        made[name] = tasks.make(name, options)
-    return made
+def judging(planned: Plan, store: Store) -> list[str]:
+    """What a judge will be asked, for a dry run; nothing where a task has none, or where its data is not here."""
+    config = planned.config
+    lines = []
+    for name, task in make_tasks(config, planned.inputs).items():
+        if isinstance(task, JudgedTask) and all(pinned.digest for pinned in planned.inputs.values()):
+            answered = (
+                [Answered(item, "x", "", item.where) for item in task.requests(config.limit)] if config.model else []
+            )
+            if config.responses:
+                answered += imported.judged(imported.files_of(config, planned.inputs), task, config.limit, "").waiting
+            lines.append(f"{name}: {calls_ahead(estimate_calls(task, answered), config.model is None)}")
+    return lines
 
 
 def run(config: EvalConfig, draft: Draft) -> dict[str, Any]:
-    """Write one row per item; returns mean, interval and gain per task."""
-    folder = model_dir(draft.inputs["model"])
-    request = {"config": as_json(config), "scratch": str(draft.scratch), "model": str(folder),
-               "inputs": {name: dataclasses.asdict(pinned) for name, pinned in draft.inputs.items()}}  # fmt: skip
-    work = _items(canonical(request))
-    parts = shards.Parts(draft.scratch / "parts", SCHEMA)
-    done = parts.done()
-    todo = [unit for unit in range(len(work.units)) if unit not in done]
-    workers = max(1, min(pool.processes(config.devices, config.tensor_parallel), len(todo)))
-    job = pool.Job(
-        "bnfctl.stages.eval:Grading", request, draft.path / "log", workers, config.tensor_parallel,
-        max(1, cpu_threads(folder) // workers), apart=config.sampler == "vllm" and machine.visible_gpus() > 0,
-    )  # fmt: skip
-    total = sum(map(len, work.prompts))
-    with console.Progress(total, "items", total - sum(len(work.chunk(unit)) for unit in todo)) as progress:
-        for one in pool.run(job, todo) if todo else ():
-            draft.provenance.update(one.provenance)
-            progress.advance(one.records)
-    parts.publish(draft.path / "rows")
+    """Write one row per task, model and item; returns every model's figures by task."""
+    work = make_tasks(config, draft.inputs)
+    sampled = _sampled(config, draft) if config.model is not None else {}
+    judges: dict[str, dict[str, Fingerprint]] = {name: {} for name in work}
+    rows: list[dict[str, Any]] = []
+    with closing(Asker(config, draft)) as asker:
+        for name, task in work.items():
+            mine = sampled.get(name, [])
+            if isinstance(task, JudgedTask):
+                rows += _judged(config, draft, task, mine, asker, judges[name])
+            else:
+                rows += [*mine, *_graded(config, draft, task)]
+    shards.write_shards(draft.path / "rows", rows, SCHEMA)
     base = draft.artifact("base") if "base" in draft.inputs else None
-    rows = list(shards.read_rows(draft.path / "rows", ["task", "item_id", "tokens", "grade", "extra"]))
-    return {"tasks": {task.name: _aggregate(task, rows, base) for task in work.tasks}}
-
-
-class _Items:
-    """The tasks and their items; a unit of work is a chunk of one task's."""
-
-    def __init__(self, config: EvalConfig, inputs: Mapping[str, Pinned]) -> None:
-        self.size = config.chunk
-        self.tasks = list(_tasks(config, inputs).values())
-        self.prompts = [task.requests(config.limit) for task in self.tasks]
-        sizes = [range(-(-len(prompts) // config.chunk)) for prompts in self.prompts]
-        self.units = [(number, index) for number, chunks in enumerate(sizes) for index in chunks]
-        """(number of the task, number of the chunk in it)."""
-
-    def chunk(self, unit: int) -> Sequence[Prompt]:
-        number, index = self.units[unit]
-        return self.prompts[number][index * self.size : (index + 1) * self.size]
-
-
-@lru_cache(maxsize=1)
-def _items(request: bytes) -> _Items:
-    """The items of a request to `Grading`; read once where the work is done in this process."""
-    asked = json.loads(request)
-    inputs = {name: Pinned(**raw) for name, raw in asked["inputs"].items()}
-    return _Items(from_json(EvalConfig, asked["config"]), inputs)
-
-
-class Grading:
-    """Samples and grades chunks of items and saves each: in this process, or in a worker of its own."""
-
-    def __init__(self, request: dict[str, Any]) -> None:
-        self.config = from_json(EvalConfig, request["config"])
-        self.folder = Path(request["model"])
-        self.items = _items(canonical(request))
-        self.parts = shards.Parts(Path(request["scratch"]) / "parts", SCHEMA)
-        self._sampler: samplers.Sampler | None = None
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        return {"engine": self._sampler.version} if self._sampler is not None else {}
-
-    def run(self, units: Iterable[int]) -> Iterator[tuple[int, int, int]]:
-        """(unit, its items, its tokens) of each unit that is saved; the next task's wait for the last of this one."""
-        for number, of_task in groupby(units, lambda unit: self.items.units[unit][0]):
-            for unit, rows in self._grade(self.items.tasks[number], of_task):
-                self.parts.write(unit, rows)
-                yield unit, len(rows), sum(row["tokens"] for row in rows)
-
-    def _grade(self, task: tasks.Task, units: Iterable[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        decoding = self._decoding(task)
-        if self._sampler is None:  # the model is loaded once, for the decodings of all tasks
-            self._sampler = samplers.make(self.config.sampler, self.folder, decoding)
-        pulled: dict[int, tuple[int, dict[str, Prompt]]] = {}
-
-        def chunks() -> Iterator[samplers.Chunk]:
-            for unit in units:
-                chunk = samplers.check_prompts(self.folder, self.items.chunk(unit), decoding, "error", Counter())
-                by_id = {prompt.id: prompt for prompt in chunk}
-                index = self.items.units[unit][1]
-                pulled[index] = unit, by_id
-                yield index, list(by_id.values())
-
-        for index, candidates in self._sampler.sample(chunks(), decoding):
-            unit, by_id = pulled.pop(index)
-            yield unit, [_row(task, by_id[candidate.prompt_id], candidate) for candidate in candidates]
-
-    def _decoding(self, task: tasks.Task) -> samplers.Decoding:
-        config = self.config
-        return samplers.Decoding(
-            n=1, **dataclasses.asdict(task.decoding), seed=config.seed, chunk=config.chunk, dtype=config.dtype,
-            gpu_memory=config.gpu_memory, trust_remote_code=config.trust_remote_code,
-            chat_template_kwargs=config.chat_template_kwargs, tensor_parallel=config.tensor_parallel,
-        )  # fmt: skip
-
-
-def _row(task: tasks.Task, prompt: Prompt, candidate: Candidate) -> dict[str, Any]:
-    graded = task.grade(prompt, candidate.text)
-    return {
-        "task": task.name,
-        "item_id": prompt.id,
-        "prompt": list(prompt.messages),
-        "response": candidate.text,
-        "tokens": len(candidate.token_ids or ()),
-        "finish_reason": candidate.finish_reason,
-        "grade": graded.value,
-        "extra": json.dumps(graded.extra, sort_keys=True, ensure_ascii=False) if graded.extra else None,
-    }
-
-
-def _aggregate(task: tasks.Task, rows: list[dict[str, Any]], base: Artifact | None) -> dict[str, Any]:
-    mine = [row for row in rows if row["task"] == task.name]
-    grades = {row["item_id"]: row["grade"] for row in mine if row["grade"] is not None}
-    if not grades:
-        hint = "a larger --limit, or items with known answers"
-        raise BnfctlError(f"{task.name}: no item could be graded", where=f"--tasks {task.name}", hint=hint)
-    interval = statistics.wilson if task.binary else statistics.mean_interval
-    details = [Reward(row["grade"], json.loads(row["extra"] or "{}")) for row in mine if row["grade"] is not None]
-    result = {
-        "version": task.version,
-        "ungraded": len(mine) - len(grades),
-        "tokens": round(sum(row["tokens"] for row in mine) / len(mine), 2),
-        **task.aggregate(details),
-        **dataclasses.asdict(within_0_and_1(interval(list(grades.values())))),
-    }
-    if base is None:
-        return result
-    theirs = {r["item_id"]: r["grade"] for r in base.rows(["task", "item_id", "grade"]) if r["task"] == task.name}
-    both = [item for item in grades if theirs.get(item) is not None]
-    if not both:
-        what = f"{task.name}: policy and base share no graded item"
-        raise BnfctlError(what, where="--base", hint="use the same --limit for both")
-    gain = statistics.paired_difference([grades[i] for i in both], [theirs[i] for i in both])
-    return {
-        **result, "base_mean": sum(theirs[i] for i in both) / len(both), "paired": gain.n,
-        "gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high,
+    results = {
+        name: figures(task, [row for row in rows if row["task"] == name], base, judges[name])
+        for name, task in work.items() if name != SHIFTS
     }  # fmt: skip
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    if SHIFTS in work:
+        results[SHIFTS] = _shifts(config, draft, models[0], work[SHIFTS].version)
+    return {"models": models, "tasks": with_holm(results)}
 
 
-def within_0_and_1(estimate: statistics.Estimate) -> statistics.Estimate:
-    """Grades are shares: an interval that leaves [0, 1] ends there."""
-    return dataclasses.replace(estimate, low=max(0.0, estimate.low), high=min(1.0, estimate.high))
-
-
-def _parse_gate(gate: str, config: EvalConfig) -> tuple[str, str, str, float]:
-    """(task, figure, comparison, bound) of `task[.figure]>=x`."""
-    match = _GATE.fullmatch(gate)
-    if match is None:
-        raise UsageError(f"not a gate: '{gate}'", where="--require", hint="e.g. lab-chat>=0.5 or lab-chat.gain>=0.15")
-    task, figure, comparison, bound = match.groups()
-    if task not in config.tasks:
-        raise UsageError(
-            f"no task '{task}' here{nearest(task, config.tasks)}",
-            where="--require",
-            hint=f"tasks: {', '.join(config.tasks)}",
+def _sampled(config: EvalConfig, draft: Draft) -> dict[str, list[dict[str, Any]]]:
+    """The rows of the model's own responses, by task."""
+    folder, name = model_dir(draft.inputs["model"]), name_of(draft.inputs["model"])
+    names = [task for task in config.tasks if task != SHIFTS or config.shift_responses == "policy"]
+    parts = [sample(config, draft, names, folder, "parts")] if names else []
+    if len(names) < len(config.tasks):
+        parts.append(sample(config, draft, [SHIFTS], model_dir(draft.inputs["reference"]), "reference-parts"))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in _rows_of(parts):
+        found.setdefault(row["task"], []).append(
+            {column.name: row.get(column.name) for column in SCHEMA} | {"model": name}
         )
-    if (figure or "").startswith("gain") and config.base is None:
-        raise UsageError("a gain needs --base", where="--require", hint="--base EVAL_ARTIFACT of the base model")
-    try:
-        value = float(bound)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise UsageError(f"'{bound}' is not a number", where="--require", hint="e.g. lab-chat>=0.5")
-    return task, figure or "mean", comparison, value
+    return found
 
 
-def check(config: EvalConfig, artifact: Artifact) -> None:
-    """Apply the gates to a published result; GateError says what fell short and by how much."""
-    short = []
-    for gate in config.require:
-        task, figure, comparison, bound = _parse_gate(gate, config)
-        value = artifact.manifest.summary["tasks"][task][figure]
-        holds = {">=": value >= bound, "<=": value <= bound, ">": value > bound, "<": value < bound}[comparison]
-        if not holds:
-            short.append(f"{task}.{figure} is {value:.4f}, not {comparison} {bound:g}")
-    if short:
-        raise GateError("; ".join(short), where=artifact.ref, hint=f"bnfctl show {artifact.ref} has all figures")
+def _rows_of(parts: Iterable[shards.Parts]) -> Iterator[dict[str, Any]]:
+    for one in parts:
+        yield from shards.read_rows(one.folder)
 
 
-def table_of(artifact: Artifact) -> str:
-    """The result as a table for people: mean, interval, gain."""
-    results, rows = artifact.manifest.summary["tasks"], []
-    compared = ["base", "gain", "95 % of the gain"] if any("gain" in r for r in results.values()) else []
-    unanswered = ["no answer"] if any("no_answer" in r for r in results.values()) else []
-    for name, r in results.items():
-        cells = [name, r["n"], f"{r['mean']:.3f}", f"[{r['low']:.3f}, {r['high']:.3f}]"]
-        if "gain" in r:
-            cells += [f"{r['base_mean']:.3f}", f"{r['gain']:+.3f}", f"[{r['gain_low']:+.3f}, {r['gain_high']:+.3f}]"]
-        elif compared:
-            cells += ["", "", ""]
-        rows.append([*cells, r["tokens"], *(f"{r['no_answer']:.1%}" if "no_answer" in r else "" for _ in unanswered)])
-    columns = ["task", "n", "mean", "95 %", *compared, "tokens", *unanswered]
-    return console.table(artifact.manifest.config["model"], columns, rows, right=range(1, len(columns)))
+def _graded(config: EvalConfig, draft: Draft, task: AnyTask) -> Iterator[dict[str, Any]]:
+    """The rows of responses that were made elsewhere."""
+    assert not isinstance(task, JudgedTask)
+    files = imported.files_of(config, draft.inputs)
+    for model, found in imported.graded(files, task, config.limit).items() if files else ():
+        for answered, grade in found:
+            yield {
+                "task": task.name, "model": model, "item_id": answered.item.id, "prompt": list(answered.item.messages),
+                "response": answered.response, "tokens": None, "grade": grade.value, "extra": text_of(grade.extra),
+            }  # fmt: skip
+
+
+def _judged(
+    config: EvalConfig, draft: Draft, task: JudgedTask, sampled: list[dict[str, Any]], asker: Asker,
+    judges: dict[str, Fingerprint],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows of a judged task; fills `judges`, model -> who judged it."""
+    files = imported.files_of(config, draft.inputs)
+    found = imported.judged(files, task, config.limit, config.served_model or "") if files else imported.Judgments()
+    items = {item.id: item for item in task.requests(config.limit)} if sampled else {}
+    own = {row["item_id"]: row for row in sampled}
+    waiting = [Answered(items[row["item_id"]], row["response"], row["model"], row["item_id"]) for row in sampled]
+    if taken := {one.model for one in waiting} & {*found.judges, *(one.model for one in found.waiting)}:
+        raise UsageError(f"{taken.pop()} is the model and in a file", where="--responses", hint="give it once")
+    waiting += found.waiting
+    judged: list[Judged] = []
+    if waiting:
+        judged, who = asker.ask(task, waiting)
+        judges |= dict.fromkeys((one.model for one in waiting), who)
+    judges |= found.judges
+    rows = [to_row(task.name, one) for one in [*judged, *found.rows]]
+    model = sampled[0]["model"] if sampled else None
+    for row in rows:
+        if row["model"] == model:
+            row |= {column: own[row["item_id"]][column] for column in ("tokens", "finish_reason")}
+    return rows
+
+
+def _shifts(config: EvalConfig, draft: Draft, model: str, version: str) -> dict[str, Any]:
+    """The figures of the shifts, whose rows go into a folder of their own."""
+    policy, reference = (draft.inputs[name] for name in ("model", "reference"))
+    part = "parts" if config.shift_responses == "policy" else "reference-parts"
+    rows = (row for row in shards.read_rows(draft.scratch / part) if row["task"] == SHIFTS)
+    found = shifting.measure(config, draft, candidates_of(rows), model_dir(policy), model_dir(reference))
+    return {
+        "version": version,
+        "reference": name_of(reference),
+        "responses": config.shift_responses,
+        "models": {model: found},
+    }

@@ -47,7 +47,7 @@ def plan(config: GenerateConfig, store: Store) -> Plan:
     notes = (f"sampler: {sampler}",) if config.sampler == "auto" else ()
     config = dataclasses.replace(config, sampler=sampler)
     _check_flags(config)
-    if sampler != "server":  # which computes as it likes
+    if sampler in ENGINES:  # a server computes as it likes, and a file is as it is
         config = dataclasses.replace(config, dtype=machine.resolve_dtype(config.dtype))
     inputs = {"prompts": pin_data(config.prompts, store, "--prompts", config.split)}
     if sampler == "server":

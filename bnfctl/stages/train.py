@@ -9,13 +9,14 @@ from typing import Any
 
 from bnfctl import durable, footprint, hub, losses
 from bnfctl.artifact import Artifact, Draft, Plan, Store
-from bnfctl.config import PUBLISHED_SETS, BuildConfig, TrainConfig
+from bnfctl.config import BuildConfig, TrainConfig
 from bnfctl.data.chat import read_config
 from bnfctl.errors import UsageError
 from bnfctl.hub import split_revision
 from bnfctl.machine import gpu_memory, has_gpu, place, resolve_dtype, visible_gpus
 from bnfctl.model.source import model_dir, pin_model
 from bnfctl.options import flag_name
+from bnfctl.recipes import PUBLISHED_SETS
 from bnfctl.shape import shape_of
 from bnfctl.stages import Prerequisite
 from bnfctl.training import tracking

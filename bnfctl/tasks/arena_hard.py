@@ -4,7 +4,8 @@
 gpt-4-0314, whose responses come with the data.  The judge ends with one of five labels.  Figures: the win rate with
 prompts resampled, the original's interval beside it under its own name, both length controls, position bias, and the
 share of games without a verdict.  Source: lmarena/arena-hard-auto, the code of 2024-10-14 (`generation="2024"`) and of
-2025-06-20 ("2025"); the judge's prompt is worded anew, `template` loads the original one.
+2025-06-20 ("2025"); the judge's prompt is worded anew, `judge_prompt` loads
+the original one.
 
 Two generations read verdicts differently.  2024: all labels of the text must agree; where there is none, the judge is
 asked once to finish; a game without a verdict is left out.  2025: the last label counts, in single brackets too, nobody
@@ -31,7 +32,17 @@ from bnfctl.options import fingerprint, read_yaml
 from bnfctl.tasks import TaskDecoding
 from bnfctl.tasks import arena_hard_files as files
 from bnfctl.tasks.agreement import null_share, position_bias
-from bnfctl.tasks.battles import VERDICTS, Battle, Generation, ci_official, make_pool, outcome, win_rates
+from bnfctl.tasks.battles import (
+    VERDICTS,
+    Battle,
+    Generation,
+    Pool,
+    ci_official,
+    make_pool,
+    outcome,
+    win_rate_statistic,
+    win_rates,
+)
 from bnfctl.tasks.imports import Answered
 from bnfctl.tasks.judging import (
     CHARACTERS,
@@ -46,9 +57,10 @@ from bnfctl.tasks.judging import (
     why_null,
 )
 from bnfctl.tasks.length_control import lc_ci_official, lc_equal_length, lc_official
-from bnfctl.tasks.statistics import DRAWS
+from bnfctl.tasks.statistics import DRAWS, Statistic
 
 VERSION = "arena-hard-v0.1.1"
+BASELINE = "gpt-4-0314"
 DIGEST = "d0dd8e4a8e7873fd66a8bb19215d0e493c4d79b87c0f037d184ca57182947703"
 """Of the published questions and the baseline's responses."""
 MAX_TOKENS = 4096
@@ -121,22 +133,22 @@ class ArenaHard:
     binary = False
 
     def __init__(
-        self, data_dir: Path | None = None, *, pinned: Pinned | None = None, template: Path | None = None,
-        generation: Generation = "2024", baseline: str = "gpt-4-0314", unit: LengthUnit = CHARACTERS,
+        self, data_dir: Path | None = None, *, pinned: Pinned | None = None, judge_prompt: Path | None = None,
+        generation: Generation = "2024", baseline: str = BASELINE, unit: LengthUnit = CHARACTERS,
         draws: int = DRAWS,
     ) -> None:  # fmt: skip
         """data_dir: the user's folder instead of the hub's data.  pinned: the hub's data set at a commit.
 
-        template: a YAML file with system_prompt and prompt_template, as Arena-Hard's own settings, or a text.
+        judge_prompt: a YAML file with system_prompt and prompt_template, as Arena-Hard's own settings, or a text.
         unit: of lengths, for the length control; the original counted tokens of GPT-3.5, but a ratio of lengths hardly
-        depends on the unit.  draws: resamples of the intervals.  UsageError for a template without its places.
+        depends on the unit.  draws: resamples of the intervals.  UsageError for a prompt without its places.
         """
         self.data_dir, self.pinned, self.baseline, self.unit, self.draws = data_dir, pinned, baseline, unit, draws
         self.generation: Generation = generation
         self.system, self.user, self.finish = SYSTEM, USER, FINISH
         self.version = f"{VERSION}, verdicts of {generation}"
-        if template is not None:
-            self.system, self.user = load_template(template)
+        if judge_prompt is not None:
+            self.system, self.user = load_template(judge_prompt)
             self.version += f", prompt {hashlib.sha256(self.instructions.encode()).hexdigest()[:12]}"
         self._items: dict[str, Prompt] = {}
         self._baseline: dict[str, str] = {}
@@ -175,6 +187,12 @@ class ArenaHard:
     def baseline_response(self, item: str) -> str:
         """What the baseline responded."""
         return self._baseline[item] if self.items else ""
+
+    @classmethod
+    def files_in(cls, data_dir: Path) -> dict[str, Path]:
+        """The files that the task reads from a folder of the user's; see `files.locate`."""
+        questions, baseline = files.locate(data_dir, None, BASELINE)
+        return {"": questions, "baseline": baseline}
 
     def questions(self, item: Prompt, response: str) -> list[Question]:
         """Two games, with the sides swapped."""
@@ -237,7 +255,7 @@ class ArenaHard:
             why = Counter(reason for row in rows for reason in row.extra["nulls"].values()).most_common(1)
             what = "no verdict could be read" + (f"; most often: {why[0][0]}" if why else "")
             raise UsageError(what, hint="look at the rows: they hold what the judge wrote")
-        pool = make_pool(battles, "game" if self.generation == "2024" else "prompt")
+        pool = self._pool(battles)
         sized = all(row.extra["length"] is not None for row in rows)
         rates = win_rates(pool, self.draws)
         official = ci_official(pool, self.generation)
@@ -256,6 +274,19 @@ class ArenaHard:
             "models": models, "pool": pool.models, "baseline": self.baseline, "why": whys, "draws": self.draws,
             "length_unit": next(iter(units)), "generation": self.generation,
         })  # fmt: skip
+
+    def _pool(self, battles: Sequence[Battle]) -> Pool:
+        return make_pool(battles, "game" if self.generation == "2024" else "prompt")
+
+    def headline(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """The figure that stands for the task among a model's: the win rate {n, mean, low, high}."""
+        return dict(figures["win_rate"])
+
+    def statistic(self, rows: Sequence[Judged]) -> Statistic:
+        """The headline of one model as a statistic over its items, in the order of their ids."""
+        pool = self._pool(battles_of(ordered(rows)))
+        rates = win_rate_statistic(pool)
+        return lambda counts: rates(counts)[:, 0]
 
     def imported(self, answered: Answered, games: Sequence[Mapping[str, Any]], known_text: bool) -> Judged:
         """The row of a judgment made elsewhere: its own score stands where it has one, else its text is read.

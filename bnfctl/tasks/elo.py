@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bnfctl.errors import UsageError
 from bnfctl.tasks.bradley_terry import START, elo, ratings, unbounded, wins_of
-from bnfctl.tasks.statistics import DRAWS, Array, Bootstrap, Estimate, bootstrap
+from bnfctl.tasks.statistics import DRAWS, Array, Bootstrap, Estimate, Statistic, bootstrap
 from bnfctl.tasks.wildbench_scores import Scored
 
 MARGIN = 2.0
@@ -123,6 +124,30 @@ def online(
     return {model: dataclasses.replace(found.estimate(m), n=int(counts[m])) for m, model in enumerate(models)}
 
 
+def fitted_statistic(
+    votes: Sequence[Vote], models: Sequence[str], known: Mapping[str, float] | None = None
+) -> tuple[Statistic, Array]:
+    """Counts of the sessions with a vote [b, C] -> ratings [b, M], in the order of `models`; and the wins [C, M, M].
+
+    UsageError where nobody voted.
+    """
+    place = {model: m for m, model in enumerate(models)}
+    sessions: dict[str, list[tuple[int, int, float]]] = {}
+    for vote in votes:
+        sessions.setdefault(vote.session_id, []).append((place[vote.first], place[vote.second], vote.score))
+    if not sessions:
+        raise UsageError("no votes", hint="Elo needs two models or more with scores of the same sessions")
+    wins = np.stack([wins_of(found, len(models)) for found in sessions.values()])
+    fixed = [place[model] for model in known or {} if model in place]
+    target = float(np.mean([(known or {})[models[m]] for m in fixed])) if fixed else START
+
+    def statistic(counts: Array) -> Array:
+        rated = elo(ratings(np.tensordot(counts, wins, 1)))
+        return rated + target - (rated[:, fixed].mean(1, keepdims=True) if fixed else START)
+
+    return statistic, wins
+
+
 def fitted(
     votes: Sequence[Vote],
     models: Sequence[str],
@@ -134,17 +159,6 @@ def fitted(
 
     With `known` ratings the whole scale is moved so that the known models keep their mean.
     """
-    place = {model: m for m, model in enumerate(models)}
-    sessions: dict[str, list[tuple[int, int, float]]] = {}
-    for vote in votes:
-        sessions.setdefault(vote.session_id, []).append((place[vote.first], place[vote.second], vote.score))
-    wins = np.stack([wins_of(found, len(models)) for found in sessions.values()])
-    fixed = [place[model] for model in known or {} if model in place]
-    target = float(np.mean([(known or {})[models[m]] for m in fixed])) if fixed else START
-
-    def statistic(counts: Array) -> Array:
-        rated = elo(ratings(np.tensordot(counts, wins, 1)))
-        return rated + target - (rated[:, fixed].mean(1, keepdims=True) if fixed else START)
-
-    found = bootstrap(statistic, len(sessions), draws, seed)
+    statistic, wins = fitted_statistic(votes, models, known)
+    found = bootstrap(statistic, len(wins), draws, seed)
     return Fitted({model: found.estimate(m) for m, model in enumerate(models)}, unbounded(wins.sum(0)))

@@ -15,6 +15,7 @@ from typing import Any
 from bnfctl import console
 from bnfctl.data.records import Prompt, Reward
 from bnfctl.errors import UsageError, nearest
+from bnfctl.tables import TASKS
 from bnfctl.tasks.items import read_file
 from bnfctl.tasks.zeroeval import ZeroEvalTask
 
@@ -33,6 +34,14 @@ class Answered:
     where: str
 
 
+def rows_in(path: Path, task: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("where", row) of a file, or of the Parquet files of a folder; rows that name another task are passed over."""
+    for file in sorted(path.glob("*.parquet")) if path.is_dir() else [path]:
+        for where, row in read_file(file):
+            if row.get("task") not in TASKS or row["task"] == task:
+                yield where, row
+
+
 def read_answers(path: Path, task: ZeroEvalTask) -> Iterator[Answered]:
     """The responses of a file, in its order.
 
@@ -40,7 +49,7 @@ def read_answers(path: Path, task: ZeroEvalTask) -> Iterator[Answered]:
     """
     seen: dict[tuple[str, str], str] = {}
     items: dict[str, Prompt] = {}
-    for index, (where, row) in enumerate(read_file(path)):
+    for index, (where, row) in enumerate(rows_in(path, task.name)):
         item = _own_item(row, index, where, task)
         if item is None:
             items = items or {item.id: item for item in task.requests(None)}

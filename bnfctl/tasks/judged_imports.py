@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from bnfctl import console
 from bnfctl.client.texts import said
@@ -16,24 +16,20 @@ from bnfctl.data.records import Prompt
 from bnfctl.errors import UsageError
 from bnfctl.tasks.arena_hard import PARTS, ArenaHard, read_verdict
 from bnfctl.tasks.arena_hard_files import read_judgments
-from bnfctl.tasks.imports import Answered, known_item
-from bnfctl.tasks.items import Source, read_file
+from bnfctl.tasks.imports import Answered, known_item, responses_in, rows_in
 from bnfctl.tasks.judging import Fingerprint, Judged, elsewhere, text_of
 from bnfctl.tasks.wildbench import WildBench
 
 
-class ReadsResponses(Protocol):
-    """What reading the responses of a file needs of a task."""
+class HasItems(Protocol):
+    """What reading the responses of a file needs of a task; `responses_of`, where it has one, reads rows of its schema."""
 
     name: str
-    source: Source
 
     def requests(self, limit: int | None) -> Sequence[Prompt]: ...
 
-    def responses_of(self, row: dict[str, Any], where: str) -> list[tuple[str, str]]: ...
 
-
-def read_responses(path: Path, task: ReadsResponses, items: Mapping[str, Prompt] | None = None) -> Iterator[Answered]:
+def read_responses(path: Path, task: HasItems, items: Mapping[str, Prompt] | None = None) -> Iterator[Answered]:
     """The responses of a file, in its order; a model is what its row says, else the file's name.
 
     items: those to take where not all are; rows of others are passed over.  UsageError names the row: no response, an id
@@ -42,11 +38,12 @@ def read_responses(path: Path, task: ReadsResponses, items: Mapping[str, Prompt]
     known = {item.id: item for item in task.requests(None)}
     wanted = known if items is None else items
     seen: dict[tuple[str, str], str] = {}
-    for where, row in read_file(path):
+    read = getattr(task, "responses_of", responses_in)
+    for where, row in rows_in(path, task.name):
         # WildBench's rows have an `id` of their own beside the session's.
         own = {"id": row["session_id"]} if row.get("session_id") is not None else {}
         item = known_item({**row, **own}, where, known, task.name)
-        for model, response in task.responses_of(row, where):
+        for model, response in read(row, where):
             answered = Answered(item, response, model or path.stem, where)
             earlier = seen.setdefault((answered.model, item.id), where)
             if earlier != where:
@@ -56,10 +53,12 @@ def read_responses(path: Path, task: ReadsResponses, items: Mapping[str, Prompt]
                 yield answered
     if not seen:
         raise UsageError("no responses", where=str(path), hint="the file is empty")
+    published = getattr(task, "source", None)
+    expected = published.rows if published is not None else len(known)
     for model in dict.fromkeys(model for model, _ in seen):
         count = sum(one == model for one, _ in seen)
-        if count != task.source.rows:
-            console.say(f"{path}: {count} responses of {model}; {task.name} has {task.source.rows} items")
+        if count != expected:
+            console.say(f"{path}: {count} responses of {model}; {task.name} has {expected} items")
 
 
 def arena_hard_judgments(

@@ -22,10 +22,20 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from bnfctl.client.endpoint import Client
-from bnfctl.client.requests import CHAT, VLLM_NEUTRAL, Known, Request, about_content, read_chat, too_long
+from bnfctl.client.requests import (
+    CHAT,
+    LIMIT_NAMES,
+    VLLM_NEUTRAL,
+    Known,
+    Request,
+    about_content,
+    read_chat,
+    too_long,
+    wants_new_limit,
+)
 from bnfctl.client.served import Served
 from bnfctl.data.jsonl import without_surrogates
 from bnfctl.data.records import Message, Prompt
@@ -33,6 +43,7 @@ from bnfctl.errors import BnfctlError
 from bnfctl.options import fingerprint as digest_of
 from bnfctl.tasks import TaskDecoding
 from bnfctl.tasks.imports import Answered
+from bnfctl.tasks.statistics import Statistic
 
 Answer = dict[str, Any]
 """What a judge said, as it is stored: {"choices": [{"text", "finish"}], "usage", "server"}, or {"refused": message}."""
@@ -76,6 +87,7 @@ class Judged:
     """JSON: verdicts, lengths, and under "nulls" why a part has no verdict."""
 
 
+@runtime_checkable
 class JudgedTask(Protocol):
     """A task whose responses a judge model grades."""
 
@@ -103,6 +115,12 @@ class JudgedTask(Protocol):
     def aggregate(self, rows: Sequence[Judged]) -> dict[str, Any]:
         """Figures, as JSON, from the rows of one model or several.  UsageError where no verdict could be read."""
 
+    def headline(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """{n, mean, low, high} of the figure that stands for the task, out of one of aggregate's "models"."""
+
+    def statistic(self, rows: Sequence[Judged]) -> Statistic:
+        """The headline of one model as a statistic over its items [b, C] -> [b], in the order of their ids."""
+
 
 @dataclass(frozen=True)
 class Judge:
@@ -116,7 +134,8 @@ class Judge:
     """None sends none, for judges that take no other than their own."""
     max_tokens: int | None = None
     """None: the protocol's.  A judge that thinks first needs more."""
-    token_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    token_field: str = LIMIT_NAMES[0]
+    """What the server calls the most tokens of an answer; `judge` finds out."""
     json_mode: bool = True
     """Ask for a JSON object where the protocol does; False for servers that cannot."""
 
@@ -194,7 +213,7 @@ def fingerprint(task: JudgedTask, who: Judge, rows: Iterable[Judged]) -> Fingerp
             said_of_itself = answer.get("server", {})
             names |= {said_of_itself["model"]} if "model" in said_of_itself else set()
             systems |= {said_of_itself["system_fingerprint"]} if "system_fingerprint" in said_of_itself else set()
-    parameters = {name: getattr(who, name) for name in ("temperature", "max_tokens", "token_field", "json_mode")}
+    parameters = {name: getattr(who, name) for name in ("temperature", "max_tokens", "json_mode")}
     prompt = hashlib.sha256(task.instructions.encode()).hexdigest()[:12]
     return Fingerprint(
         f"{task.name} {task.version}", prompt, who.served_model, who.server, tuple(sorted(names)), parameters,
@@ -294,6 +313,8 @@ class _State:
     open: int
     """Questions without a last answer."""
     answers: dict[str, list[Answer]] = field(default_factory=dict)
+    renamed: set[str] = field(default_factory=set)
+    """Questions that were asked again under the other name of the limit of tokens."""
 
 
 @dataclass
@@ -328,6 +349,11 @@ class _Run:
     def take(self, state: _State, question: Question, answer: Answer) -> None:
         """Note an answer; BnfctlError for a refusal that would be the same for every response."""
         refusal = answer.get("refused")
+        if refusal is not None and question.id not in state.renamed and wants_new_limit(refusal):
+            self.who = dataclasses.replace(self.who, token_field=LIMIT_NAMES[1])
+            state.renamed.add(question.id)
+            self.more.append((state, question))
+            return
         if refusal is not None and not (too_long(refusal) or about_content(refusal)):
             raise BnfctlError(
                 f"the judge refuses item {state.answered.item.id}: {refusal}", where=", ".join(self.urls),

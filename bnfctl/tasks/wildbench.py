@@ -2,8 +2,8 @@
 
 1,024 conversations of users; the response continues one, greedily, in at most 4,096 tokens, without a system prompt.
 An empty response gets 1 without a call; a judgment that cannot be read drops its item.  Figures as in
-`wildbench_scores`.  Source: allenai/WildBench, the code of 2024-08-01; the judge's prompt is worded anew, `template` loads
-the original one.
+`wildbench_scores`.  Source: allenai/WildBench, the code of 2024-08-01; the judge's prompt is worded anew, `judge_prompt`
+loads the original one.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from bnfctl.tasks import TaskDecoding
 from bnfctl.tasks.imports import Answered, responses_in
 from bnfctl.tasks.items import Source, read_file, read_items
 from bnfctl.tasks.judging import Answer, Answers, Judged, Question, ordered, plain, text_of, why_null
-from bnfctl.tasks.statistics import DRAWS
-from bnfctl.tasks.wildbench_scores import Scored, groups_of, summarize_scores
+from bnfctl.tasks.statistics import DRAWS, Statistic
+from bnfctl.tasks.wildbench_scores import OVERALL, Scored, groups_of, score_statistic, summarize_scores
 
 VERSION = "wildbench-v2.1"
 MAX_TOKENS = 1024
@@ -170,18 +170,18 @@ class WildBenchItems:
     places: Sequence[tuple[str, ...]] = PLACES
 
     def __init__(
-        self, data_dir: Path | None = None, *, pinned: Pinned | None = None, template: Path | None = None,
+        self, data_dir: Path | None = None, *, pinned: Pinned | None = None, judge_prompt: Path | None = None,
         draws: int = DRAWS,
     ) -> None:  # fmt: skip
         """data_dir: the user's files instead of the hub's.  pinned: the hub's data set at a commit.
 
-        template: a file with the judge's prompt.  draws: resamples of the intervals.
+        judge_prompt: a file with the judge's prompt.  draws: resamples of the intervals.
         """
         self.data_dir, self.pinned, self.draws = data_dir, pinned, draws
         self.instructions = self.layout
         self.version = VERSION
-        if template is not None:
-            self.instructions = load_layout(template, self.places)
+        if judge_prompt is not None:
+            self.instructions = load_layout(judge_prompt, self.places)
             self.version += f", prompt {hashlib.sha256(self.instructions.encode()).hexdigest()[:12]}"
         self._items: dict[str, Item] = {}
 
@@ -198,6 +198,11 @@ class WildBenchItems:
                     raise UsageError(f"two items with the id {item.prompt.id}", where=places, hint="one row for each")
             self._items = found
         return self._items
+
+    @classmethod
+    def files_in(cls, data_dir: Path) -> dict[str, Path]:
+        """The files that the task reads from a folder of the user's."""
+        return {"": cls.source.local(data_dir)}
 
     def requests(self, limit: int | None) -> Sequence[Prompt]:
         """The conversations in the published order."""
@@ -260,6 +265,16 @@ class WildBench(WildBenchItems):
             score = fmean(one.score for one in scored if one.score is not None)
             models[model] = {"score": score, "adjusted": (score - 5) * 2, **plain(summary)}
         return {"models": plain(models), "draws": self.draws}
+
+    def headline(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """The figure that stands for the task among a model's: the score in points {n, mean, low, high}."""
+        return dict(figures["overall"])
+
+    def statistic(self, rows: Sequence[Judged]) -> Statistic:
+        """The headline of one model as a statistic over its items, in the order of their ids."""
+        rows = ordered(rows)
+        scores = score_statistic(scored_of(rows), [row.answered.item.id for row in rows])
+        return lambda counts: scores(counts)[:, OVERALL]
 
     def imported(self, path: Path) -> list[Judged]:
         """The rows of a score file of WildBench: its own scores stand.  It does not tell who judged.

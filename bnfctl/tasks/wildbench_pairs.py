@@ -9,9 +9,11 @@ the length penalty says so: see `wildbench_scores.reward`.  Source: as of `wildb
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import numpy as np
 
 from bnfctl.artifact import Pinned
 from bnfctl.client.requests import hashed_seed
@@ -20,9 +22,17 @@ from bnfctl.errors import UsageError
 from bnfctl.tasks.imports import Answered, responses_in
 from bnfctl.tasks.items import Source, read_items
 from bnfctl.tasks.judging import Answer, Answers, Judged, Question, ordered, plain, text_of, why_null
-from bnfctl.tasks.statistics import DRAWS
+from bnfctl.tasks.statistics import DRAWS, Statistic
 from bnfctl.tasks.wildbench import CUT, MAX_TOKENS, VERSION, WildBenchItems, history_of, read_object
-from bnfctl.tasks.wildbench_scores import CHOICES, Comparison, reward, reward_mix, summarize_rewards
+from bnfctl.tasks.wildbench_scores import (
+    CHOICES,
+    OVERALL,
+    Comparison,
+    reward,
+    reward_mix,
+    reward_statistic,
+    summarize_rewards,
+)
 
 REFERENCES = ("gpt-4-turbo-2024-04-09", "claude-3-haiku-20240307", "Llama-2-70b-chat-hf")
 OUTPUTS = "allenai/WildBench-V2-Model-Outputs"
@@ -81,10 +91,16 @@ def cut(text: str) -> str:
     return " ".join(words[:WORDS]) + CUT if len(words) > WORDS else text
 
 
+def _outputs(items: Source, reference: str) -> Source:
+    return Source(OUTPUTS, reference, "train", items.rows, (f"wildbench-outputs/{reference}", reference))
+
+
 class WildBenchPairs(WildBenchItems):
     """WB-Reward; see `judging.JudgedTask` for what each method is for."""
 
     name = "wildbench-pairs"
+    more_sources: ClassVar[dict[str, str]] = {"outputs": OUTPUTS}
+    """Option -> hub data set that the task reads beside its items."""
     layout = LAYOUT
     places = (
         ("history", "$history"), ("query", "$user_query"), ("response_a", "$candidate_A"),
@@ -93,25 +109,29 @@ class WildBenchPairs(WildBenchItems):
 
     def __init__(
         self, data_dir: Path | None = None, *, pinned: Pinned | None = None, outputs: Pinned | None = None,
-        template: Path | None = None, references: Sequence[str] = REFERENCES, penalties: Sequence[int] = PENALTIES,
+        judge_prompt: Path | None = None, references: Sequence[str] = REFERENCES, penalties: Sequence[int] = PENALTIES,
         draws: int = DRAWS,
     ) -> None:  # fmt: skip
         """data_dir: with the items, and wildbench-outputs/REFERENCE.json for each reference.
 
         outputs: the hub's data set of reference outputs at a commit.  The others are as of WildBench.
         """
-        super().__init__(data_dir, pinned=pinned, template=template, draws=draws)
+        super().__init__(data_dir, pinned=pinned, judge_prompt=judge_prompt, draws=draws)
         self.version = self.version.replace(VERSION, f"{VERSION}, pairs")
         self.outputs, self.references, self.penalties = outputs, tuple(references), tuple(penalties)
         self._texts: dict[str, dict[str, str]] = {}
 
+    @classmethod
+    def files_in(cls, data_dir: Path) -> dict[str, Path]:
+        """The files that the task reads from a folder of the user's."""
+        outputs = {one: _outputs(cls.source, one).local(data_dir) for one in REFERENCES}
+        return {**super().files_in(data_dir), **outputs}
+
     def reference_response(self, reference: str, item: str) -> str:
         """What a reference model responded; its file is read when first needed."""
         if reference not in self._texts:
-            names = (f"wildbench-outputs/{reference}", reference)
-            source = Source(OUTPUTS, reference, "train", self.source.rows, names)
             found = {}
-            for where, row in read_items(source, self.data_dir, self.outputs):
+            for where, row in read_items(_outputs(self.source, reference), self.data_dir, self.outputs):
                 found[str(row.get("session_id"))] = responses_in(row, where)[0][1]
             self._texts[reference] = found
         if item not in self._texts[reference]:
@@ -198,3 +218,14 @@ class WildBenchPairs(WildBenchItems):
                 for penalty in self.penalties
             }
         return {"models": plain(models), "draws": self.draws}
+
+    def headline(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """The figure that stands for the task among a model's: Reward-Mix without length penalty {n, mean, low, high}."""
+        return dict(figures["K=-1"]["mix"])
+
+    def statistic(self, rows: Sequence[Judged]) -> Statistic:
+        """The headline of one model as a statistic over its items, in the order of their ids."""
+        rows = ordered(rows)
+        items = [row.answered.item.id for row in rows]
+        each = [reward_statistic(self.comparisons(rows, [one]), items) for one in self.references]
+        return lambda counts: np.mean([rewards(counts)[:, OVERALL] for rewards in each], axis=0)

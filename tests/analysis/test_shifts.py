@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +22,6 @@ from bnfctl.data.records import Candidate
 from bnfctl.errors import BnfctlError, UsageError
 from bnfctl.model.head import Head
 from tests import reference
-from tests.conftest import REPOSITORY
 from tests.model.tiny import VOCABULARY, tiny_config, write_any
 
 SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -293,53 +290,3 @@ def test_two_vocabularies_are_refused(folders: Callable[[str], tuple[Path, Path]
     larger = write_any(tmp_path / "larger", tiny_config(vocab_size=VOCABULARY + 13))
     with pytest.raises(UsageError, match=f"vocabulary of {VOCABULARY + 13} tokens, the reference one of {VOCABULARY}"):
         Shifts(larger, folders("llama")[1], FLOAT32)
-
-
-MEMORY = """
-import sys
-from pathlib import Path
-import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
-from bnfctl.analysis.shifts import Shifts, ShiftOptions
-from bnfctl.data.records import Candidate
-
-def status(name):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
-
-folder, responses, V = Path(sys.argv[1]), int(sys.argv[2]), 128256
-config = LlamaConfig(vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                     num_key_value_heads=1, max_position_embeddings=2048)
-for seed in range(2):
-    torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / str(seed))
-work = Shifts(folder / "0", folder / "1", ShiftOptions(dtype="float32"))
-random = np.random.default_rng(0)
-
-def drawn():
-    for number in range(responses):
-        ids = random.integers(3, V, 1100).tolist()
-        yield Candidate(str(number), 0, "", ids[100:], "stop", 0, ids[:100])
-
-start, rows = status("VmRSS"), []
-for shift in work.measure(drawn()):
-    rows.append(shift.row())
-assert len(rows) == responses and all(row["tokens"] == 1000 for row in rows)
-print(status("VmHWM") - start, work.deviation)
-"""
-
-
-@pytest.mark.slow
-def test_a_thousand_long_responses_stay_under_two_gigabytes(tmp_path: Path) -> None:
-    """At vocabulary 128k, rows kept: the peak beyond the models, and what each further response adds to it."""
-
-    def peak(responses: int) -> float:
-        command = [sys.executable, "-c", MEMORY, str(tmp_path), str(responses)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
-        assert done.returncode == 0, done.stderr
-        mib, deviation = map(float, done.stdout.split())
-        assert deviation < 1e-4
-        return mib
-
-    few, more = peak(2), peak(22)
-    assert few + 1000 * max(0.0, more - few) / 20 < 2000

@@ -256,9 +256,9 @@ def test_a_stop_is_quick_and_keeps_what_was_answered(
 
 
 CHILD = """
-import sys
+import pathlib, sys
 from tests.client.test_endpoint import client, request
-for tag, _ in client(*sys.argv[2:], answers=sys.argv[1], concurrency=8).ask(map(request, range(200))):
+for tag, _ in client(*sys.argv[2:], answers=pathlib.Path(sys.argv[1]), concurrency=8).ask(map(request, range(200))):
     print(tag, flush=True)
 """
 
@@ -363,23 +363,6 @@ def test_a_server_that_is_away_at_the_start_is_left_out(capsys: pytest.CaptureFi
     with pytest.raises(BnfctlError) as caught:
         served(client(gone), None)
     assert caught.value.where == f"{gone}/models"
-
-
-def test_a_file_that_is_no_file_of_answers_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"no database" * 200)
-    with pytest.raises(BnfctlError, match="cannot keep") as caught:
-        Answers(tmp_path / "a")
-    assert caught.value.where == str(tmp_path / "a")
-
-
-def test_a_full_disk_or_a_file_in_use_is_an_error(tmp_path: Path) -> None:
-    with Answers(tmp_path / "a") as answers:
-        with pytest.raises(BnfctlError, match="cannot keep"):
-            Answers(tmp_path / "a")
-        answers._file.execute("PRAGMA max_page_count=10")
-        with pytest.raises(BnfctlError, match="full") as caught:
-            answers.put([(str(number), {"text": os.urandom(2000).hex()}) for number in range(50)])
-        assert caught.value.where == str(tmp_path / "a")
 
 
 def test_answers_that_cannot_be_kept_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,12 @@ def asked(model: Path | str, *tasks: str, **changes: Any) -> EvalConfig:
     return EvalConfig(**{"model": str(model), "tasks": tasks, "sampler": "hf", "limit": 6, "chunk": 4, **changes})
 
 
+def figures(artifact: Artifact, task: str) -> dict[str, Any]:
+    """Of the only model."""
+    (found,) = artifact.manifest.summary["tasks"][task]["models"].values()
+    return dict(found)
+
+
 def graded(artifact: Artifact, task: str) -> dict[str, float]:
     return {row["item_id"]: row["grade"] for row in artifact.rows() if row["task"] == task and row["grade"] is not None}
 
@@ -60,26 +66,25 @@ def test_rows_are_the_items_of_the_tasks_in_order(policy: Path, store: Store) ->
         characters = len(row["response"])
         assert row["grade"] == (None if row["item_id"] == "item-0" else min(characters, 16) / 16)
         assert json.loads(row["extra"]) == {"characters": characters} and row["tokens"] <= 8
-    assert made.manifest.summary["tasks"]["lab-reasoning"]["ungraded"] == 0
+    assert figures(made, "lab-reasoning")["ungraded"] == 0
 
 
 def test_means_and_intervals(policy: Path, store: Store) -> None:
     made = run(asked(policy, "length", "always", limit=9), store)
-    summary = made.manifest.summary["tasks"]
     grades = list(graded(made, "length").values())
     assert len(set(grades)) > 1
-    length = summary["length"]
+    length = figures(made, "length")
     assert (length["n"], length["ungraded"]) == (8, 1)
     assert length["mean"] == pytest.approx(fmean(grades))
     assert length["high"] - length["low"] == pytest.approx(2 * Z * stdev(grades) / math.sqrt(8))
-    always = summary["always"]
+    always = figures(made, "always")
     # all right: the Wilson interval is [n / (n + z^2), 1], where the normal one would be a point
     assert (always["n"], always["mean"], always["high"]) == (9, 1.0, pytest.approx(1.0))
     assert always["low"] == pytest.approx(9 / (9 + Z**2))
 
 
 def test_the_interval_of_a_binary_task_is_wilsons(policy: Path, store: Store) -> None:
-    summary = run(asked(policy, "third", limit=9), store).manifest.summary["tasks"]["third"]
+    summary = figures(run(asked(policy, "third", limit=9), store), "third")
     share = summary["mean"]
     assert share == pytest.approx(1 / 3)
     for bound in (summary["low"], summary["high"]):
@@ -92,7 +97,7 @@ def test_the_gain_is_over_the_items_that_both_have(policy: Path, other: Path, st
     made = run(asked(other, "length", base=base.ref, limit=6), store)
     mine, theirs = graded(made, "length"), graded(base, "length")
     differences = [mine[item] - theirs[item] for item in mine]
-    result = made.manifest.summary["tasks"]["length"]
+    result = figures(made, "length")
     assert set(mine) < set(theirs) and any(differences)
     assert result["paired"] == len(differences) == 5
     assert result["gain"] == pytest.approx(fmean(differences))
@@ -105,7 +110,7 @@ def test_the_gain_is_over_the_items_that_both_have(policy: Path, other: Path, st
 
 def test_a_model_gains_nothing_over_itself(policy: Path, store: Store) -> None:
     base = run(asked(policy, "length"), store)
-    result = run(asked(policy, "length", base=base.ref), store).manifest.summary["tasks"]["length"]
+    result = figures(run(asked(policy, "length", base=base.ref), store), "length")
     assert (result["gain"], result["gain_low"], result["gain_high"]) == (0, 0, 0)
 
 
@@ -141,7 +146,7 @@ def test_a_new_version_of_a_task_is_another_key(policy: Path, store: Store, monk
 
 
 def test_a_task_without_any_grade_is_an_error(policy: Path, store: Store) -> None:
-    with pytest.raises(BnfctlError, match="never: no item could be graded"):
+    with pytest.raises(BnfctlError, match=f"never: no item of {policy.name} could be graded"):
         run(asked(policy, "never"), store)
     assert published(store) == []
 
@@ -262,15 +267,15 @@ def test_a_benchmark_on_a_folder_of_items(policy: Path, store: Store, items: Pat
     config = asked(policy, "gsm8k", "crux", data_dir=str(items), mathverify=True, template=str(short))
     made = run(config, store)
     results = made.manifest.summary["tasks"]
-    assert results["gsm8k"]["n"] == results["crux"]["n"] == 3
-    assert {"no_answer", "reasoning_characters", "acc_mathverify"} <= set(results["gsm8k"])
-    assert {"acc_literal", "acc_zeroeval-20240801"} <= set(results["crux"])
+    assert figures(made, "gsm8k")["n"] == figures(made, "crux")["n"] == 3
+    assert {"no_answer", "reasoning_characters", "acc_mathverify"} <= set(figures(made, "gsm8k"))
+    assert {"acc_literal", "acc_zeroeval-20240801"} <= set(figures(made, "crux"))
     assert "math-verify" in results["gsm8k"]["version"] and "math-verify" not in results["crux"]["version"]
     assert "no answer" in eval_stage.table_of(made)
     with (items / "crux.jsonl").open("a") as file:
         file.write(json.dumps({"id": "crux-test-#3", "question": "assert f() == ??", "answer": "1"}) + "\n")
     again = run(config, store)
-    assert again.manifest.key != made.manifest.key and again.manifest.summary["tasks"]["crux"]["n"] == 4
+    assert again.manifest.key != made.manifest.key and figures(again, "crux")["n"] == 4
 
 
 def test_the_grader_and_the_template_are_in_the_key(policy: Path, store: Store, items: Path, tmp_path: Path) -> None:

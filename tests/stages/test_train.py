@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bnfctl import dryrun, launch
 from bnfctl.artifact import Artifact, Store
-from bnfctl.config import PUBLISHED_SETS, BuildConfig, GenerateConfig, TrainConfig
+from bnfctl.config import BuildConfig, GenerateConfig, TrainConfig
 from bnfctl.data.tokens import records
 from bnfctl.errors import Interrupted, UsageError
+from bnfctl.recipes import PUBLISHED_SETS
 from bnfctl.stages import Prerequisite
 from bnfctl.stages import train as train_stage
 from bnfctl.tables import LOSSES

@@ -303,7 +303,7 @@ ORIGINALS = {
 def test_the_original_prompt_from_a_file(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text(ORIGINALS[name], encoding="utf-8")
-    task = arena(tmp_path, 1, template=path)
+    task = arena(tmp_path, 1, judge_prompt=path)
     first, _ = task.questions(task.requests(None)[0], "mine")
     wanted = f"<|P|>\nquestion 0: why {{prompt}}?\n{theirs(0)}|mine"
     system = [] if name == "own.txt" else [{"role": "system", "content": "Judge 1."}]
@@ -322,7 +322,7 @@ def test_the_original_prompt_from_a_file(name: str, tmp_path: Path) -> None:
 def test_a_prompt_without_its_places_is_an_error(name: str, text: str, what: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(UsageError, match=what):
-        arena(tmp_path, template=tmp_path / name)
+        arena(tmp_path, judge_prompt=tmp_path / name)
 
 
 def test_battles_know_who_is_a(tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def test_fingerprints_tell_judges_apart(tmp_path: Path) -> None:
         "parameters": run(tmp_path, "judge-2026-01-01", Judge.of(Served("stub", False, None, "server stub"), temperature=0.5)),
         "server": run(tmp_path, "judge-2026-01-01", Judge("stub", "server stub, vllm 2")),
         "name": run(tmp_path, "judge-2026-01-01", Judge("other", "server stub")),
-        "prompt": run(tmp_path, "judge-2026-01-01", template=tmp_path / "p.txt"),
+        "prompt": run(tmp_path, "judge-2026-01-01", judge_prompt=tmp_path / "p.txt"),
         "generation": run(tmp_path, "judge-2026-01-01", generation="2025"),
     }  # fmt: skip
     digests = {one.digest for one in (first, *others.values())}

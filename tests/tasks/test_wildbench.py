@@ -188,13 +188,13 @@ def test_outputs_of_wildbench_are_read(tmp_path: Path) -> None:
 
 def test_the_original_prompt_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "t.md").write_text("{$history}|{$user_query}|{$model_output}|{$checklist}|{$other}", encoding="utf-8")
-    task = WildBench(items(tmp_path), template=tmp_path / "t.md")
+    task = WildBench(items(tmp_path), judge_prompt=tmp_path / "t.md")
     (question,) = task.questions(task.requests(None)[0], "{$checklist}")
     assert question.messages[0]["content"] == "|turn 0 of 0|{$checklist}|- Is 0 right?\n- Is it clear?\n|{$other}"
     assert task.version != WildBench().version
     (tmp_path / "t.md").write_text("{history}{query}{response}", encoding="utf-8")
     with pytest.raises(UsageError, match=r"has no \{checklist\}"):
-        WildBench(template=tmp_path / "t.md")
+        WildBench(judge_prompt=tmp_path / "t.md")
 
 
 def test_whole_responses() -> None:

@@ -1,0 +1,312 @@
+"""Servers of our own: up, slow, dead while loading or later, and gone with their parent, engines and all."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from bnfctl import console, machine
+from bnfctl.client import local
+from bnfctl.client.endpoint import Client
+from bnfctl.client.requests import CHAT, Request, read_chat
+from bnfctl.client.served import served
+from bnfctl.client.servers import RefusedError
+from bnfctl.errors import BnfctlError, Interrupted
+from bnfctl.model.vllm import server_command
+from tests import models
+from tests.conftest import REPOSITORY
+
+FAKE = [sys.executable, str(REPOSITORY / "tests" / "fake_engine.py")]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setattr(local, "_POLL_SECONDS", 0.05)
+
+
+def fake(folder: Path, *arguments: str, **options: Any) -> AbstractContextManager[list[str]]:
+    (folder / "notes").mkdir(exist_ok=True)
+    command = [*FAKE, "--notes", str(folder / "notes"), *arguments]
+    return local.serving(command, {"EXTRA": "1"}, "fake", log=folder / "log" / "judge.log", **options)
+
+
+def notes(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in (folder / "notes").glob("*.json")]
+
+
+def client(urls: list[str], key: str = local.KEY_ENV) -> Client:
+    return Client(urls, concurrency=2, timeout=60, retries=0, api_key_env=key, answers=None)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def gone(folder: Path) -> bool:
+    found = notes(folder)
+    assert found
+    return not any(alive(pid) for note in found for pid in note["pids"])
+
+
+def test_a_server_is_up_in_its_own_session_and_gone_afterwards(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with fake(tmp_path, "--slow", "0.3") as urls:
+        (note,) = notes(tmp_path)
+        assert urls == [f"http://127.0.0.1:{note['port']}/v1"]
+        assert (note["host"], note["extra"]) == ("127.0.0.1", "1")
+        assert note["session"] != os.getsid(0), "Ctrl-C would reach it"
+        assert served(client(urls), None).name == "fake"
+        assert all(alive(pid) for pid in note["pids"])
+    assert gone(tmp_path)
+    assert "loading shard 1 of 1" in (tmp_path / "log" / "judge.log").read_text()
+    said = capfd.readouterr()
+    assert "starting a server of fake; its log: " in said.err and "fake is up after" in said.err
+    assert not said.out and "loading shard" not in said.err
+
+
+def test_only_this_run_has_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "another")
+    with fake(tmp_path) as urls:
+        with pytest.raises(RefusedError, match="401"):
+            served(client(urls, "OPENAI_API_KEY"), None)
+        key = os.environ[local.KEY_ENV]
+        assert len(key) >= 32 and notes(tmp_path)[0]["key"] == key
+    assert local.KEY_ENV not in os.environ
+    with fake(tmp_path):
+        assert os.environ[local.KEY_ENV] != key
+    assert key not in (tmp_path / "log" / "judge.log").read_text()
+
+
+def test_a_server_for_each_share_of_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "visible_gpus", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    with fake(tmp_path, replicas=2, gpus_each=2) as urls:
+        assert len(set(urls)) == 2
+        gpus = {note["port"]: note["gpus"] for note in notes(tmp_path)}
+        assert [gpus[urlsplit(url).port] for url in urls] == ["4,5", "6,7"]
+        assert served(client(urls), "fake").vllm
+    assert gone(tmp_path)
+    assert {path.name for path in (tmp_path / "log").iterdir()} == {"judge.log", "judge-1.log"}
+
+
+def test_a_slow_one_is_waited_for_and_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "PLAIN_SECONDS", 0.3)
+    with fake(tmp_path, "--slow", "1.2"):
+        pass
+    assert 2 <= capfd.readouterr().err.count("fake is loading: ") <= 20
+
+
+def test_one_that_dies_while_loading_tells_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "log" / "judge.log"
+    log.parent.mkdir()
+    log.write_text("ValueError: of an earlier run\n")
+    with pytest.raises(BnfctlError, match=r"while it started \(exit code 3\): ValueError: no room$") as caught:
+        with fake(tmp_path, "--fail", "no room"):
+            pytest.fail("it was never up")
+    assert caught.value.where == str(log) and "--server URL" in (caught.value.hint or "")
+    assert gone(tmp_path), "its engine stays"
+    said = capfd.readouterr().err
+    assert "  loading shard 1 of 1\n  (EngineCore pid=7) ValueError: no room\n" in said and "an earlier run" not in said
+    assert log.read_text().startswith("ValueError: of an earlier run\nloading shard")
+
+
+def test_one_that_is_killed_while_loading(tmp_path: Path) -> None:
+    with pytest.raises(BnfctlError, match=r"\(SIGKILL\)$") as caught:
+        with fake(tmp_path, "--fail", "killed"):
+            pytest.fail("it was never up")
+    assert "ran out of memory" in (caught.value.hint or "")
+    assert gone(tmp_path)
+
+
+def test_a_program_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(BnfctlError, match="FileNotFoundError"):
+        with local.serving(["/nowhere/vllm"], {}, "fake", log=tmp_path / "log"):
+            pytest.fail("it was never up")
+
+
+def test_one_that_dies_later_is_the_reason_that_is_told(tmp_path: Path) -> None:
+    def ask_it_to_death() -> None:
+        with fake(tmp_path) as urls:
+            client(urls).fetch(urls[0].removesuffix("/v1") + "/die")
+
+    with pytest.raises(BnfctlError, match=r"the server of fake ended \(exit code 5\)") as caught:
+        ask_it_to_death()
+    assert "disconnected" in str(caught.value.__cause__)
+    assert gone(tmp_path)
+
+
+def test_another_error_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(BnfctlError, match="of my own"), fake(tmp_path):
+        raise BnfctlError("of my own")
+    with pytest.raises(ZeroDivisionError), fake(tmp_path):
+        _ = 1 // 0
+    assert gone(tmp_path)
+
+
+def test_a_stop_while_it_loads(tmp_path: Path, stop_signal: Callable[[int], None]) -> None:
+    def stop() -> None:
+        wait_until(lambda: (tmp_path / "notes").is_dir() and bool(notes(tmp_path)))
+        stop_signal(signal.SIGINT)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    with pytest.raises(Interrupted):
+        with fake(tmp_path, "--slow", "600"):
+            pytest.fail("it was never up")
+    stopper.join()
+    assert gone(tmp_path)
+
+
+def test_one_that_will_not_leave_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "_LEAVING_SECONDS", -9.5)  # this process waits 0.5 s; the keeper does not know
+    with fake(tmp_path, "--stubborn"):
+        pass
+    assert gone(tmp_path)
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from tests.client.test_local import fake
+with fake(Path(sys.argv[1]), *sys.argv[2:]):
+    print("up", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextmanager
+def child(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-c", CHILD, str(folder), *arguments]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("when", ["up", "loading"])
+def test_it_ends_with_its_parent_even_by_kill_9(when: str, tmp_path: Path) -> None:
+    with child(tmp_path, *(["--slow", "600"] if when == "loading" else [])) as parent:
+        assert parent.stdout is not None
+        if when == "up":
+            assert parent.stdout.readline() == b"up\n"
+        wait_until(lambda: bool((tmp_path / "notes").is_dir() and notes(tmp_path)))
+        assert not gone(tmp_path)
+        parent.kill()
+    wait_until(lambda: gone(tmp_path))
+
+
+def test_the_engine_ends_with_a_keeper_that_was_killed(tmp_path: Path) -> None:
+    def kill_the_keeper() -> None:
+        with fake(tmp_path):
+            os.kill(notes(tmp_path)[0]["session"], signal.SIGKILL)
+            raise BnfctlError("no answer")
+
+    with pytest.raises(BnfctlError, match="SIGKILL"):
+        kill_the_keeper()
+    assert gone(tmp_path)
+
+
+def test_a_port_is_nobody_elses_while_the_server_loads(tmp_path: Path) -> None:
+    with local._free_port() as port, local._free_port() as another, socket.socket() as taker:
+        assert port != another
+        with pytest.raises(OSError):
+            taker.bind(("127.0.0.1", port))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(BnfctlError, match="Address already in use"):
+            # the last --port counts: somebody who did not ask has it after all
+            with local.serving(
+                [sys.executable, "-c", PORT, FAKE[1], str(taken.getsockname()[1]), str(tmp_path)], {}, "fake",
+                log=tmp_path / "log",
+            ):  # fmt: skip
+                pytest.fail("another server's port")
+
+
+PORT = """
+import runpy, sys
+_, program, port, notes, *_ = sys.argv
+sys.argv = [program, "--host", "127.0.0.1", "--port", port, "--notes", notes]
+runpy.run_path(program, run_name="__main__")
+"""
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_vllm_itself(tmp_path: Path) -> None:
+    folder = models.make_llama(tmp_path / "m", stop=1.2)
+    command, environment = server_command(
+        folder,
+        "judges/tiny",
+        dtype="auto",
+        gpu_memory=0.3,
+        trust_remote_code=False,
+        context=128,
+        instead="--server URL",
+    )
+    log = tmp_path / "judge.log"
+    with local.serving(command, environment, "judges/tiny", log=log) as urls:
+        asking = client(urls)
+        found = served(asking, None)
+        assert (found.name, found.vllm, found.context) == ("judges/tiny", True, 128)
+        body = {"model": found.name, "messages": [{"role": "user", "content": "Which?"}], "max_tokens": 8}
+        ((_, answer),) = asking.ask([Request(0, CHAT, body, read_chat)])
+        assert answer["choices"][0]["finish"] in ("stop", "length")
+        with pytest.raises(RefusedError, match="401"):
+            served(client(urls, "OPENAI_API_KEY"), None)
+        ours = processes_with(str(folder))
+        assert ours
+        assert os.environ[local.KEY_ENV] not in log.read_text()
+    assert not any(alive(pid) for pid in ours)
+    broken = tmp_path / "m" / "model.safetensors"
+    broken.write_bytes(b"\0" * 8)
+    with pytest.raises(BnfctlError, match="while it started") as caught:
+        with local.serving(command, environment, "judges/tiny", log=log):
+            pytest.fail("it was never up")
+    assert "Error: " in caught.value.what and "initialization failed" not in caught.value.what, caught.value.what
+
+
+def processes_with(text: str) -> list[int]:
+    """Of this text in their command line, and those in the same sessions: vLLM renames its engine's process."""
+    sessions, found = set(), []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            pid, line = int(path.name), (path / "cmdline").read_bytes().decode("utf-8", "replace")
+            session = os.getsid(pid)
+        except (OSError, ValueError):
+            continue
+        found.append((pid, session))
+        if text in line and session != os.getsid(0):
+            sessions.add(session)
+    return [pid for pid, session in found if session in sessions]
