@@ -174,7 +174,8 @@ def run(
     """Run a pipeline: each step in a child process; what is there already is not made again."""
     from bnfctl import pipeline, stages
 
-    work = pipeline.Run(pipeline.read(file, settings or ()), open_store(home), start=start, force=force)
+    asked, store = pipeline.read(file, settings or ()), open_store(home)
+    work = pipeline.Run(asked, store, start=start, force=force)
     if dry_run:
         verdicts = work.dry()
         document = [{"step": step.name, "stage": step.stage, "verdict": verdict} for step, verdict in verdicts]
@@ -187,8 +188,15 @@ def run(
         if result.step.stage == "eval" and "base" in result.artifact.manifest.inputs:
             console.say(f"\n{result.step.name}: gain over the base on the same items")
             console.say(stages.module("eval").table_of(result.artifact))
+    summary = pipeline.as_document(results)
+    if asked.report is not None:
+        from bnfctl import report
+
+        written = report.write([result.artifact for result in results], store, asked.report)
+        summary["report"] = str(written.index)
+        console.say(f"report: {written.index}")
     last = str(results[-1].artifact.path)
-    console.emit(json.dumps(pipeline.as_document(results), indent=2, ensure_ascii=False) if as_json_output else last)
+    console.emit(json.dumps(summary, indent=2, ensure_ascii=False) if as_json_output else last)
 
 
 for _verb_name, _verb in verbs.VERBS.items():

@@ -5,6 +5,7 @@
     steps:
       responses: {stage: generate, model: "${vars.model}", prompts: "lab:chat"}
       rewards:   {stage: score, input: responses, rule: lab}
+    report: reports/demo            # optional: where the report of all steps goes
 
 A step's input may name an earlier step; everything else is a field of the stage's config.
 """
@@ -26,7 +27,7 @@ from bnfctl.options import base_type, check_keys, fields, read_yaml, resolve
 from bnfctl.recipes import train_recipe
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
-_TOP = ("name", "vars", "steps")
+_TOP = ("name", "vars", "steps", "report")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,15 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Pipeline:
+    """What a file says, variables filled in."""
+
+    steps: list[Step]
+    report: Path | None = None
+    """Folder for the report of all steps, where one is asked for."""
+
+
+@dataclass(frozen=True)
 class Result:
     """How a step went."""
 
@@ -51,8 +61,8 @@ class Result:
     seconds: float
 
 
-def read(path: Path, settings: Iterable[str] = ()) -> list[Step]:
-    """The steps of a file, variables filled in; `settings` are `vars.NAME=VALUE`, as --set gives them."""
+def read(path: Path, settings: Iterable[str] = ()) -> Pipeline:
+    """The pipeline of a file; `settings` are `vars.NAME=VALUE`, as --set gives them."""
     document = read_yaml(path)
     if not isinstance(document, Mapping):
         raise UsageError(
@@ -69,7 +79,11 @@ def read(path: Path, settings: Iterable[str] = ()) -> list[Step]:
         raise UsageError("no steps", where=str(path), hint="steps: {NAME: {stage: generate, ...}, ...}")
     title = document.get("name")
     made = [_step(name, raw, variables, path) for name, raw in steps.items()]
-    return [dataclasses.replace(step, alias=f"{title}.{step.name}") for step in made] if title else made
+    made = [dataclasses.replace(step, alias=f"{title}.{step.name}") for step in made] if title else made
+    folder = _fill(document.get("report"), variables, f"{path}: report")
+    if not isinstance(folder, str | None):
+        raise UsageError("report names a folder", where=f"{path}: report", hint="report: reports/NAME")
+    return Pipeline(made, Path(folder) if folder else None)
 
 
 def _variables(given: Any, settings: Iterable[str], path: Path) -> dict[str, str]:
@@ -136,7 +150,8 @@ def _named(step: Step, field: dataclasses.Field[Any]) -> list[str]:
 class Run:
     """One run of a pipeline: its steps in order, and what each of them made."""
 
-    def __init__(self, steps: list[Step], store: Store, *, start: str | None = None, force: bool = False) -> None:
+    def __init__(self, pipeline: Pipeline, store: Store, *, start: str | None = None, force: bool = False) -> None:
+        steps = pipeline.steps
         names = [step.name for step in steps]
         if start is not None and start not in names:
             raise UsageError(

@@ -33,8 +33,8 @@ def prefs(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help(verb: str, bnfctl: Run) -> None:
-    done = bnfctl(verb, "--help")
+def test_every_verb_has_help(verb: str, warm_bnfctl: Run) -> None:
+    done = warm_bnfctl(verb, "--help")
     assert done.code == 0
     if verb in CONFIGS:
         for field in fields(CONFIGS[verb]):
@@ -77,9 +77,9 @@ def test_version_and_module(bnfctl: Run) -> None:
     ],
 )  # fmt: skip
 def test_errors_have_what_where_hint_and_no_traceback(
-    bnfctl: Run, args: list[str], code: int, error: str, hint: str | None
+    warm_bnfctl: Run, args: list[str], code: int, error: str, hint: str | None
 ) -> None:
-    done = bnfctl(*args)
+    done = warm_bnfctl(*args)
     assert done.code == code, done.err
     assert error in done.err
     assert hint is None or hint in done.err
@@ -93,84 +93,84 @@ def test_an_error_is_a_document_under_json(bnfctl: Run) -> None:
     assert done.json["exit_code"] == 2 and "no model" in done.json["error"]
 
 
-def test_dry_run_says_why_it_would_be_made(prefs: Path, bnfctl: Run) -> None:
-    bnfctl("build", prefs)
-    assert "verdict" in bnfctl("build", prefs, "--dry-run", "--json").json
-    assert bnfctl("build", prefs, "--dry-run").out.startswith("build: cached build/")
-    done = bnfctl("build", prefs, "--pairing-ratio", "0.5", "--dry-run", "--json")
+def test_dry_run_says_why_it_would_be_made(prefs: Path, warm_bnfctl: Run) -> None:
+    warm_bnfctl("build", prefs)
+    assert "verdict" in warm_bnfctl("build", prefs, "--dry-run", "--json").json
+    assert warm_bnfctl("build", prefs, "--dry-run").out.startswith("build: cached build/")
+    done = warm_bnfctl("build", prefs, "--pairing-ratio", "0.5", "--dry-run", "--json")
     assert done.json["verdict"] == "to be made"
     assert done.json["why"] == ["pairing_ratio: 1.0 -> 0.5"]
     assert done.json["from"] == {"input": "--input", "pairing_ratio": "--pairing-ratio"}
 
 
-def test_config_file_and_config_json_of_an_artifact(prefs: Path, tmp_path: Path, bnfctl: Run) -> None:
+def test_config_file_and_config_json_of_an_artifact(prefs: Path, tmp_path: Path, warm_bnfctl: Run) -> None:
     yaml = tmp_path / "c.yaml"
     yaml.write_text(f"input: {prefs}\npairing_ratio: 5e-1\n")
-    made = bnfctl("build", "--config", yaml)
+    made = warm_bnfctl("build", "--config", yaml)
     assert made.code == 0, made.err
-    again = bnfctl("build", "--config", Path(made.out.strip()) / "config.json", "--json")
+    again = warm_bnfctl("build", "--config", Path(made.out.strip()) / "config.json", "--json")
     assert again.json["cached"] is True
 
 
-def test_as_typed_names_the_published_set(bnfctl: Run) -> None:
+def test_as_typed_names_the_published_set(warm_bnfctl: Run) -> None:
     args = ("train", "--model", "meta-llama/Meta-Llama-3-8B-Instruct", "--loss", "bnf")
-    dry = bnfctl(*args, "--dry-run")
+    dry = warm_bnfctl(*args, "--dry-run")
     assert dry.code == 0, dry.err
     assert (
         "princeton-nlp/llama3-ultrafeedback-armorm, the published set of meta-llama/Meta-Llama-3-8B-Instruct" in dry.out
     )
     assert "lr: 6e-07  (recipe of meta-llama/Meta-Llama-3-8B-Instruct)" in dry.out
-    real = bnfctl(*args)
+    real = warm_bnfctl(*args)
     assert real.code == 2
     assert "local cache has no copy" in real.err
     assert "hint: bnfctl doctor" in real.err
 
 
-def test_ls_show_verify_rm(prefs: Path, bnfctl: Run) -> None:
-    path = Path(bnfctl("build", prefs, "--name", "mine").out.strip())
-    rows = bnfctl("ls", "--json").json
+def test_ls_show_verify_rm(prefs: Path, warm_bnfctl: Run) -> None:
+    path = Path(warm_bnfctl("build", prefs, "--name", "mine").out.strip())
+    rows = warm_bnfctl("ls", "--json").json
     assert [(row["names"], row["path"]) for row in rows] == [(["mine"], str(path))]
-    assert "mine" in bnfctl("ls").out
-    shown = [json.loads(line) for line in bnfctl("show", "mine", "--rows", "3").out.splitlines()]
+    assert "mine" in warm_bnfctl("ls").out
+    shown = [json.loads(line) for line in warm_bnfctl("show", "mine", "--rows", "3").out.splitlines()]
     assert [row["chosen_text"] for row in shown] == ["yes 0", "yes 1", "yes 2"]
-    assert "prefs.jsonl" in bnfctl("show", "mine", "--lineage").out
-    assert bnfctl("verify").code == 0
+    assert "prefs.jsonl" in warm_bnfctl("show", "mine", "--lineage").out
+    assert warm_bnfctl("verify").code == 0
     shard = path / "rows" / "00000.parquet"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    bad = bnfctl("verify", "mine")
+    bad = warm_bnfctl("verify", "mine")
     assert bad.code == 1
     assert "changed file rows/00000.parquet" in bad.out
     assert "hint: bnfctl rm" in bad.err
-    assert bnfctl("rm", "mine").code == 0
-    assert bnfctl("ls", "--json").json == []
+    assert warm_bnfctl("rm", "mine").code == 0
+    assert warm_bnfctl("ls", "--json").json == []
 
 
-def test_a_flipped_byte_stops_the_next_stage(tmp_path: Path, prefs: Path, bnfctl: Run) -> None:
-    path = Path(bnfctl("build", prefs).out.strip())
+def test_a_flipped_byte_stops_the_next_stage(tmp_path: Path, prefs: Path, warm_bnfctl: Run) -> None:
+    path = Path(warm_bnfctl("build", prefs).out.strip())
     shard = path / "rows" / "00000.parquet"
     data = bytearray(shard.read_bytes())
     data[len(data) // 4] ^= 1
     shard.write_bytes(data)
-    done = bnfctl("train", "--model", "lab", "--data", path)
+    done = warm_bnfctl("train", "--model", "lab", "--data", path)
     assert done.code == 1
     assert "corrupted artifact" in done.err
     assert "bnfctl verify" in done.err
 
 
-def test_gc_says_what_it_would_free_first(store: Store, make_build: Callable[..., Artifact], bnfctl: Run) -> None:
+def test_gc_says_what_it_would_free_first(store: Store, make_build: Callable[..., Artifact], warm_bnfctl: Run) -> None:
     make_build()
     draft = store.home / ".drafts" / "train-0123456789ab"
     (draft / "scratch").mkdir(parents=True)
     (draft / "scratch" / "big").write_bytes(b"0" * 5000)
-    asked = bnfctl("gc")
+    asked = warm_bnfctl("gc")
     assert asked.code == 0
     assert "would free 5.0 kB; nothing was freed" in asked.err
     assert draft.exists()
-    assert bnfctl("gc", "--yes").out.strip() == "freed 5.0 kB"
+    assert warm_bnfctl("gc", "--yes").out.strip() == "freed 5.0 kB"
     assert not draft.exists()
-    assert bnfctl("verify").code == 0
+    assert warm_bnfctl("verify").code == 0
 
 
 def test_doctor_names_missing_extras_and_how_to_install_them(bnfctl: Run) -> None:
@@ -217,13 +217,20 @@ def test_a_closed_pipe_is_no_error(prefs: Path, tmp_path: Path, bnfctl: Run) -> 
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_after_the_chunk_and_the_same_command_resumes(tmp_path: Path, signum: int, code: int) -> None:
-    env = {**os.environ, "BNFCTL_HOME": str(tmp_path / "a"), "OMP_NUM_THREADS": "1"}
-    args = [sys.executable, "-m", "bnfctl", "generate", "--model", "lab", "--prompts", "lab:chat", "--limit", "60",
-            "--sampler", "hf", "--chunk", "2", "--n", "2", "--max-tokens", "40"]  # fmt: skip
-    process = subprocess.Popen(args, env=env, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_a_signal_stops_after_the_chunk_and_the_same_command_resumes(
+    signum: int, code: int, store: Store, warm_bnfctl: Run
+) -> None:
+    args = ["generate", "--model", "lab", "--prompts", "lab:chat", "--limit", "40", "--sampler", "hf", "--chunk", "2",
+            "--n", "2", "--max-tokens", "40", "--home", str(store.home)]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bnfctl", *args],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "a").rglob("parts/*.parquet")) and time.monotonic() < deadline:
+    while not list(store.home.rglob("parts/*.parquet")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signum)
     if signum == signal.SIGTERM:  # a scheduler and a parent pass on one and the same stop
@@ -232,24 +239,24 @@ def test_a_signal_stops_after_the_chunk_and_the_same_command_resumes(tmp_path: P
     _, err = process.communicate(timeout=120)
     assert process.returncode == code, err
     assert "error: interrupted" in err and "hint: the same command resumes" in err
-    done = subprocess.run(args, env=env, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"resuming: \d+ of 30 chunks", done.stderr)
+    done = warm_bnfctl(*args)
+    assert done.code == 0, done.err
+    assert re.search(r"resuming: \d+ of 20 chunks", done.err)
 
 
-def test_a_home_that_cannot_be_written_is_a_clear_error(prefs: Path, tmp_path: Path, bnfctl: Run) -> None:
+def test_a_home_that_cannot_be_written_is_a_clear_error(prefs: Path, tmp_path: Path, warm_bnfctl: Run) -> None:
     (tmp_path / "file").write_text("")
-    done = bnfctl("build", prefs, "--home", tmp_path / "file")
+    done = warm_bnfctl("build", prefs, "--home", tmp_path / "file")
     assert done.code == 1
     assert "error: Not a directory" in done.err and "hint: check the path" in done.err
     assert "Traceback" not in done.err
 
 
-def test_json_is_one_document_even_when_something_is_wrong(prefs: Path, bnfctl: Run) -> None:
-    path = Path(bnfctl("build", prefs).out.strip())
-    assert len(bnfctl("show", path, "--rows", "2", "--json").json) == 2
+def test_json_is_one_document_even_when_something_is_wrong(prefs: Path, warm_bnfctl: Run) -> None:
+    path = Path(warm_bnfctl("build", prefs).out.strip())
+    assert len(warm_bnfctl("show", path, "--rows", "2", "--json").json) == 2
     (path / "rows" / "00000.parquet").unlink()
-    done = bnfctl("verify", "--json")
+    done = warm_bnfctl("verify", "--json")
     assert done.code == 1
     assert list(done.json.values()) == [["missing file rows/00000.parquet"]]
 
@@ -262,7 +269,7 @@ def test_no_arguments_is_help(bnfctl: Run) -> None:
 
 @pytest.mark.parametrize("blocks", [0, 1, 4])
 def test_a_full_disk_is_a_clear_error_and_the_same_command_then_works(
-    blocks: int, prefs: Path, tmp_path: Path, bnfctl: Run
+    blocks: int, prefs: Path, tmp_path: Path, warm_bnfctl: Run
 ) -> None:
     """ulimit -f counts in blocks of 1,024 bytes."""
     command = f"ulimit -f {blocks}; exec {sys.executable} -m bnfctl build {prefs} --home {tmp_path / 'artifacts'}"
@@ -272,6 +279,6 @@ def test_a_full_disk_is_a_clear_error_and_the_same_command_then_works(
     assert re.search(r"^hint: .*the same command resumes", done.stderr, re.M)
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
-    again = bnfctl("build", prefs)
+    again = warm_bnfctl("build", prefs)
     assert again.code == 0, again.err
-    assert bnfctl("verify").code == 0
+    assert warm_bnfctl("verify").code == 0

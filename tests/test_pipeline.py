@@ -95,7 +95,7 @@ def test_the_branches_of_a_recipe_share_records_and_reference(name: str, store: 
 
 def test_variables_and_set(tmp_path: Path) -> None:
     path = write(tmp_path, TWO_TRAININGS)
-    steps = pipeline.read(path, ["vars.loss=nll-pll"])
+    steps = pipeline.read(path, ["vars.loss=nll-pll"]).steps
     assert [step.raw.get("loss") for step in steps] == [None, "nll-pll", "sft"]
     assert steps[1].raw["model"] == "lab"
 
@@ -105,6 +105,7 @@ def test_variables_and_set(tmp_path: Path) -> None:
     [
         ("steps: {a: {stage: build, input: x}}\nstepz: 1", (), r"unknown key 'stepz' \(did you mean 'steps'"),
         ("vars: {}", (), "no steps"),
+        ("steps: {a: {stage: build, input: x}}\nreport: [a]", (), "report names a folder"),
         ("- 1", (), "expected `vars:` and `steps:`"),
         ("steps: {a: {input: x}}", (), "a step needs a stage"),
         ("steps: {a: {stage: biuld, input: x}}", (), "did you mean 'build'"),
@@ -129,9 +130,9 @@ def test_bad_files_say_where(tmp_path: Path, store: Store, text: str, settings: 
 
 
 def test_unknown_step_to_start_from(tmp_path: Path, store: Store) -> None:
-    steps = pipeline.read(write(tmp_path, TWO_TRAININGS))
+    asked = pipeline.read(write(tmp_path, TWO_TRAININGS))
     with pytest.raises(UsageError, match="did you mean 'pairs'"):
-        pipeline.Run(steps, store, start="pair")
+        pipeline.Run(asked, store, start="pair")
 
 
 def test_inputs_by_step_name_become_artifacts(
@@ -182,10 +183,10 @@ def test_an_input_field_takes_several_steps(tmp_path: Path, store: Store) -> Non
     responses.write_text('{"prompt": "2 + 3?", "responses": ["5", "4", "It is 5."], "answer": "5"}\n')
     text = SEVERAL_SCORERS.replace("RESPONSES", str(responses))
     for also in ("second", "[second]", '"second, third"'):
-        steps = pipeline.read(write(tmp_path, text % also))
-        nothing = pipeline.Run(steps, Store(tmp_path / "empty"))
+        asked = pipeline.read(write(tmp_path, text % also))
+        nothing = pipeline.Run(asked, Store(tmp_path / "empty"))
         assert {step.name: verdict for step, verdict in nothing.dry()}["pairs"] == "to be made after first"
-        made = {result.step.name: result.artifact for result in pipeline.Run(steps, store).run()}
+        made = {result.step.name: result.artifact for result in pipeline.Run(asked, store).run()}
         inputs = made["pairs"].manifest.inputs
         assert inputs["input"]["ref"] == made["first"].ref
         assert inputs["filter"]["ref"] == made["second"].ref
@@ -199,41 +200,41 @@ def test_an_input_field_refuses_what_is_no_list_of_steps(tmp_path: Path, store: 
             pipeline.Run(pipeline.read(write(tmp_path, SEVERAL_SCORERS % also)), store)
 
 
-def test_run_then_cached_then_forced(small: Path, bnfctl: Callable[..., Done]) -> None:
-    first = bnfctl("run", small, "--json")
+def test_run_then_cached_then_forced(small: Path, warm_bnfctl: Callable[..., Done]) -> None:
+    first = warm_bnfctl("run", small, "--json")
     assert first.code == 0, first.err
     assert [step["cached"] for step in first.json["steps"]] == [False, False]
-    again = bnfctl("run", small, "--json")
+    again = warm_bnfctl("run", small, "--json")
     assert [step["cached"] for step in again.json["steps"]] == [True, True]
     assert "[pairs] cached build/" in again.err
-    other = bnfctl("run", small, "--json", "--set", "vars.seed=5")
+    other = warm_bnfctl("run", small, "--json", "--set", "vars.seed=5")
     assert [step["cached"] for step in other.json["steps"]] == [False, True]
-    forced = bnfctl("run", small, "--json", "--force", "--from", "masked")
+    forced = warm_bnfctl("run", small, "--json", "--force", "--from", "masked")
     assert [step["cached"] for step in forced.json["steps"]] == [True, False]
     same: Any = [step["digest"] for step in first.json["steps"]]
     assert [step["digest"] for step in forced.json["steps"]] == same
-    assert Path(bnfctl("run", small).out.strip()).is_dir(), "stdout is the last artifact's path, and nothing else"
+    assert Path(warm_bnfctl("run", small).out.strip()).is_dir(), "stdout is the last artifact's path, and nothing else"
 
 
-def test_from_needs_the_steps_before(small: Path, bnfctl: Callable[..., Done]) -> None:
-    done = bnfctl("run", small, "--from", "masked")
+def test_from_needs_the_steps_before(small: Path, warm_bnfctl: Callable[..., Done]) -> None:
+    done = warm_bnfctl("run", small, "--from", "masked")
     assert done.code == 2
     assert "comes before --from and is not made yet" in done.err
     assert "hint: start earlier: --from pairs" in done.err
 
 
-def test_a_failed_step_says_where_its_log_is_and_a_rerun_goes_on(small: Path, bnfctl: Callable[..., Done]) -> None:
+def test_a_failed_step_says_where_its_log_is_and_a_rerun_goes_on(small: Path, warm_bnfctl: Callable[..., Done]) -> None:
     prefs = small.parent / "prefs.jsonl"
     good = prefs.read_text()
     prefs.write_text(good + "{broken\n")
-    failed = bnfctl("run", small)
+    failed = warm_bnfctl("run", small)
     assert failed.code == 2
     assert "error: broken JSON" in failed.err
     assert f"{prefs}:3" in failed.err
     log = failed.err.rsplit("log: ", 1)[1].splitlines()[0]
     assert "broken JSON" in Path(log).read_text()
     prefs.write_text(good)
-    assert bnfctl("run", small).code == 0
+    assert warm_bnfctl("run", small).code == 0
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,7 @@ def test_inputs_that_cannot_fit_are_refused_before_anything_runs(
         pipeline.Run(pipeline.read(write(tmp_path, text)), store)
 
 
-def test_a_named_pipeline_names_its_artifacts(small: Path, bnfctl: Callable[..., Done]) -> None:
+def test_a_named_pipeline_names_its_artifacts(small: Path, warm_bnfctl: Callable[..., Done]) -> None:
     small.write_text("name: demo\n" + small.read_text())
-    assert bnfctl("run", small).code == 0
-    assert "build/" in bnfctl("show", "demo.masked").out
+    assert warm_bnfctl("run", small).code == 0
+    assert "build/" in warm_bnfctl("show", "demo.masked").out

@@ -15,14 +15,13 @@ from bnfctl.client.local import KEY_ENV, serving
 from bnfctl.client.served import Served, connect, served
 from bnfctl.config import EvalConfig
 from bnfctl.errors import UsageError
-from bnfctl.evaluation.inputs import name_of
+from bnfctl.evaluation.inputs import NO_JUDGE, name_of
 from bnfctl.model.source import model_dir
 from bnfctl.model.vllm import server_command
 from bnfctl.tasks.imports import Answered
 from bnfctl.tasks.judging import Fingerprint, Judge, Judged, JudgedTask, fingerprint, judge
 
 NO_ENGINE = "--server http://host:8000/v1, of a judge that runs elsewhere"
-NO_JUDGE = "--server http://host:8000/v1, or --judge MODEL to serve one here"
 
 
 def answers_file(store: Store) -> Path:

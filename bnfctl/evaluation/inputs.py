@@ -20,6 +20,7 @@ from bnfctl.tasks.shift_prompts import pin_prompts
 AnyTask = tasks.Task | JudgedTask
 
 SHIFTS = "shifts"
+NO_JUDGE = "--server http://host:8000/v1, or --judge MODEL to serve one here"
 _OPTIONS = {
     "data_dir": "data_dir", "template": "template", "mathverify": "mathverify", "crux_grader": "crux_grader",
     "judge_prompt": "judge_prompt", "verdicts": "generation", "length_unit": "unit", "shift_prompts": "shift_prompts",
@@ -40,7 +41,10 @@ def check(config: EvalConfig) -> None:
     unused = [field for field, option in _OPTIONS.items() if option not in known]
     names = ", ".join(config.tasks)
     refuse(config, unused, f"changes nothing here: no task of {names} takes it")
-    if not any(map(is_judged, config.tasks)):
+    judged = list(filter(is_judged, config.tasks))
+    if judged and config.model is not None and not (config.server or config.judge):
+        raise UsageError(f"{judged[0]} needs a judge", where="--server", hint=NO_JUDGE)
+    if not judged:
         refuse(config, _JUDGE, f"changes nothing here: no task of {names} has a judge")
     elif config.judge is not None:
         refuse(config, ["served_model", "api_key_env"], "is for --server; with --judge the server is started here")

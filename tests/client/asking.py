@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -26,6 +27,11 @@ def question(number: int) -> Request:
 
 def expected(numbers: Iterable[int]) -> dict[int, str]:
     return {number: text_of(question(number).body, 0) for number in numbers}
+
+
+def long_text(body: dict[str, Any], child: int) -> str:
+    """Of 3 KB, which packing leaves at more than half."""
+    return random.Random(text_of(body, child)).randbytes(1500).hex()
 
 
 def asks(url: str, file: Path, **changes: Any) -> Client:

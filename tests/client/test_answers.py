@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from bnfctl.client import salvage
 from bnfctl.client.answers import Answers
 from bnfctl.errors import BnfctlError
-from tests.client.asking import Asking, asks, expected, question
+from tests.client.asking import Asking, asks, expected, long_text, question
 from tests.conftest import REPOSITORY
-from tests.stub_server import StubServer, slow, text_of
+from tests.stub_server import StubServer, slow
 
 SMALL = 1 << 16
 """Bytes of a reserve."""
@@ -124,22 +124,21 @@ def flipped(page: bytes, bit: int) -> bytes:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_page_costs_no_more_than_the_rows_on_it(kind: str, tmp_path: Path) -> None:
-    whole = filled(tmp_path / "whole").read_bytes()
+    whole = filled(tmp_path / "whole", range(36)).read_bytes()
     dice = random.Random(kind)
     for start in range(0, len(whole), 4096):
         path = tmp_path / f"at-{start}"
         path.write_bytes(whole[:start] + KINDS[kind](whole[start : start + 4096], dice) + whole[start + 4096 :])
-        there = left(path)
-        assert len(there) >= 60 - 25, start  # a leaf holds some twenty short answers
-        assert start > 0 or there == set(range(60))  # the first page only says what is in the file
-        missing = sorted(set(range(60)) - there)
+        there = left(path, range(36))
+        assert len(there) >= 36 - 25, start  # a leaf holds some twenty short answers
+        assert start > 0 or there == set(range(36))  # the first page only says what is in the file
+        missing = sorted(set(range(36)) - there)
         with Answers(path, SMALL) as answers:
             answers.put([(key(number), answer(number)) for number in missing])
-        assert left(path) == set(range(60)), start
+        assert left(path, range(36)) == set(range(36)), start
         with closing(sqlite3.connect(path)) as file:
             found = [row[0] for row in file.execute("PRAGMA integrity_check")]
-        if kind in ("zeros", "noise"):
-            assert found == ["ok"] or asides(path) == []  # what was repaired is sound
+        assert found == ["ok"], start
         for copy in asides(path):  # nothing is deleted
             assert len(copy.read_bytes()) >= len(whole)
 
@@ -213,8 +212,7 @@ def test_a_file_that_is_damaged_in_the_middle_of_a_run_is_repaired_there(tmp_pat
                     file.write(b"\0" * 4096)
         assert said == expected(range(100, 200))
         assert set(stub.asked.values()) == {1}
-    assert left(path) == set(range(60))
-    assert len(asides(path)) == 1
+    assert left(path) == set(range(60))  # the repair, if the page was not written again in time, has found them all
 
 
 @pytest.mark.parametrize("step", [1, 2])
@@ -256,11 +254,6 @@ def test_any_bytes_are_read_or_left(
     assert all(isinstance(part, bytes) for row in salvage.rows(path) for part in row)
 
 
-def long_text(body: dict[str, Any], child: int) -> str:
-    """Of 3 KB, which packing leaves at more than half."""
-    return random.Random(text_of(body, child)).randbytes(1500).hex()
-
-
 def test_a_full_disk_stops_the_asking_but_what_is_in_flight_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,7 +288,7 @@ def test_a_full_disk_stops_the_asking_but_what_is_in_flight_is_kept(
         client = asks(stub.url, path)
         assert len(list(client.ask(map(question, range(200))))) == 200
         assert set(stub.asked.values()) == {1}
-        assert 10 < client.usage["cached"] < 60
+        assert 10 < client.usage["cached"] < 150
 
 
 def test_a_full_disk_without_a_reserve_is_an_error_that_loses_nothing_kept(tmp_path: Path) -> None:
@@ -323,8 +316,7 @@ def test_too_little_room_at_the_start_is_an_error_before_anything_is_asked(tmp_p
 SMALL_DISK = """
 import json, pathlib, random, subprocess, sys
 from bnfctl.errors import BnfctlError
-from tests.client.asking import asks, question
-from tests.client.test_answers import long_text
+from tests.client.asking import asks, long_text, question
 from tests.stub_server import StubServer, slow
 disk = pathlib.Path(sys.argv[1])
 mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=33200k", "t", disk], capture_output=True)

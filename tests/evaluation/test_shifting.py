@@ -1,15 +1,14 @@
-"""The shift analysis of a run: its rows and figures, resume, processes, the reference, figure 4's bins, memory."""
+"""The shift analysis of a run: its rows and figures, resume, processes, figure 4's bins, memory."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
@@ -22,13 +21,12 @@ from transformers import AutoModelForCausalLM
 
 from bnfctl import console, machine, pool, shards
 from bnfctl.analysis.shifts import SCHEMA, Shifts
-from bnfctl.artifact import Artifact, Pinned, Plan, Store
-from bnfctl.config import EvalConfig, TrainConfig
+from bnfctl.artifact import Artifact, Plan, Store
+from bnfctl.config import EvalConfig
 from bnfctl.data.records import Candidate
 from bnfctl.errors import BnfctlError, Interrupted, UsageError
 from bnfctl.evaluation import shifting
-from bnfctl.evaluation.shifting import FOLDER, bins, figures, measure, reference_of
-from bnfctl.model.source import pin_model
+from bnfctl.evaluation.shifting import FOLDER, bins, figures, measure
 from tests import reference
 from tests.conftest import REPOSITORY
 from tests.model.tiny import VOCABULARY, write_model
@@ -307,58 +305,6 @@ def test_bins_say_what_they_lack() -> None:
         bins({"bnf": [], "dpo": [shift_row(0, list(range(10)))]}, "dpo")
 
 
-@pytest.fixture
-def trained(store: Store, models: tuple[Path, Path]) -> Callable[[Pinned], Pinned]:
-    """A train artifact, pinned, that started from a model."""
-
-    def make(start: Pinned) -> Pinned:
-        plan = Plan("train", 2, TrainConfig(model=start.ref, data="build"), {"model": start})
-        with store.draft(plan) as draft:
-            draft.open()
-            shutil.copytree(models[0], draft.path / "model")
-            made = draft.publish({})
-        return pin_model(str(made.path), store)
-
-    return make
-
-
-def test_the_reference_is_what_the_training_started_from(
-    store: Store, models: tuple[Path, Path], trained: Callable[[Pinned], Pinned]
-) -> None:
-    folder = pin_model(str(models[1]), store)
-    first = trained(folder)
-    assert reference_of(CONFIG, store, first) == folder
-    assert reference_of(CONFIG, store, trained(first)) == first
-    lab = pin_model("lab", store)
-    assert reference_of(CONFIG, store, trained(lab)) == lab
-    hub = Pinned("hub-model", "owner/name@abc", "abc")
-    assert reference_of(CONFIG, store, trained(hub)) == hub
-    assert reference_of(replace(CONFIG, reference=str(models[0])), store, first).path == str(models[0])
-
-
-def test_a_reference_that_nobody_names_is_asked_for(store: Store, models: tuple[Path, Path]) -> None:
-    with pytest.raises(UsageError, match="no train artifact that names one") as caught:
-        reference_of(CONFIG, store, pin_model(str(models[0]), store))
-    assert caught.value.where == "--reference" and "--reference MODEL" in (caught.value.hint or "")
-    with pytest.raises(UsageError, match="no model 'nowhere'") as caught:
-        reference_of(replace(CONFIG, reference="nowhere"), store, pin_model(str(models[0]), store))
-    assert caught.value.where == "--reference"
-
-
-def test_a_reference_that_changed_or_is_gone_is_refused(
-    store: Store, models: tuple[Path, Path], trained: Callable[[Pinned], Pinned], tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(models[1], tmp_path / "start"))
-    policy = trained(pin_model(str(folder), store))
-    (folder / "generation_config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(UsageError, match=f"started from has changed since: {folder}"):
-        reference_of(CONFIG, store, policy)
-    shutil.rmtree(folder)
-    with pytest.raises(UsageError, match="can't be read: no model") as caught:
-        reference_of(CONFIG, store, policy)
-    assert caught.value.where == "--reference" and "--reference MODEL" in (caught.value.hint or "")
-
-
 MEMORY = """
 import sys
 from pathlib import Path
@@ -404,16 +350,19 @@ print(status("VmHWM") - loaded, made.manifest.summary["deviation"])
 
 @pytest.mark.slow
 def test_a_thousand_long_responses_stay_under_two_gigabytes(tmp_path: Path) -> None:
-    """At vocabulary 128k, from the responses to the figures: the peak beyond the models, and what each response adds."""
+    """At vocabulary 128k, from responses to figures: the peak beyond the models, and what each response adds to it."""
+
+    # What is freed goes back to the system at once, so that the peak is of what is held, not of a fragmented heap.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "ARROW_DEFAULT_MEMORY_POOL": "system"}
 
     def peak(responses: int) -> float:
         command = [sys.executable, "-c", MEMORY, str(tmp_path), str(responses)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment, check=False)
         assert done.returncode == 0, done.stderr
         mib, deviation = map(float, done.stdout.split())
         assert deviation < 1e-4
         return mib
 
-    few, more = peak(4), peak(24)
-    assert few < 500, few
-    assert few + 1000 * max(0.0, more - few) / 20 < 2000, (few, more)
+    few, more = peak(4), peak(16)
+    assert more < 500, (few, more)
+    assert few + 1000 * max(0.0, more - few) / 12 < 2000, (few, more)

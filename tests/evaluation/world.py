@@ -1,0 +1,40 @@
+"""A folder with small items of every task in the published schemas, and a judge for them whose verdicts are known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bnfctl.tasks.wildbench_pairs import REFERENCES
+from tests.tasks.judged_world import answer_row, by_length, question_row, theirs, wild_row, write
+from tests.tasks.test_zeroeval import CRUX, GSM, MATH, MMLU
+
+TAGS = (("Math",), ("Coding & Debugging",), ("Creative Writing",), ("Advice seeking",))
+EVERY_TASK = ("lab-chat", "lab-reasoning", "lab-math", "gsm8k", "math-l5", "crux", "mmlu-redux", "arena-hard",
+              "wildbench", "wildbench-pairs", "shifts")  # fmt: skip
+
+
+def data(folder: Path, count: int = 4) -> Path:
+    """`count` items of each task; what the baselines responded too."""
+    for name, rows in (("gsm8k", GSM), ("math-l5", MATH), ("crux", CRUX), ("mmlu-redux", MMLU)):
+        write(folder / f"{name}.jsonl", [{**rows[n % len(rows)], "id": f"{name}-{n}"} for n in range(count)])
+    arena = folder / "arena-hard-v0.1"
+    write(arena / "question.jsonl", [question_row(n, 2024) for n in range(count)])
+    baseline = [answer_row(n, theirs(n), "gpt-4-0314", 2024) for n in range(count)]
+    write(arena / "model_answer" / "gpt-4-0314.jsonl", baseline)
+    write(folder / "wildbench.jsonl", [wild_row(n, TAGS[n % 4]) for n in range(count)])
+    for reference in REFERENCES:
+        outputs = [{"session_id": f"s{n}", "output": [theirs(n)], "generator": reference} for n in range(count)]
+        write(folder / "wildbench-outputs" / f"{reference}.jsonl", outputs)
+    return folder
+
+
+def say(body: dict[str, Any], child: int) -> str:
+    """Arena-Hard: the longer response wins.  WildBench: a score by the text's length; the first response always wins."""
+    text = body["messages"][-1]["content"]
+    if "assistant A" in text:
+        return by_length(body, child)
+    if "response A" in text:
+        return json.dumps({"analysis of A": "a", "choice": "A++"})
+    return json.dumps({"strengths": "s", "weaknesses": "w", "score": str(1 + len(text) % 10)})
