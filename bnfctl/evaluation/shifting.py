@@ -4,8 +4,9 @@
     figures = measure(config, draft, candidates, policy_dir, reference_dir)                          # in run()
     bins({"dpo": dpo.rows(folder="shifts"), "bnf": bnf.rows(folder="shifts")}, "dpo")                # figure 4
 
-The responses are put on disk first, then measured in units of a fixed number of them by `pool` (one process per GPU,
-always apart on a GPU, whose memory is free again afterwards).
+The responses are put on disk first, then measured in units of a fixed number of them by `pool`: one process per GPU,
+apart from this one, so that its memory is free again afterwards; also apart behind vLLM, which leaves a process with
+threads of its own making.
 
 What is bit-equal: a unit starts its own micro-batches and is saved whole, so the rows, and with them the digest, are the
 same however often a run was interrupted and however many processes it had.  On a CPU the number of threads decides how
@@ -122,7 +123,7 @@ def measure(
                "policy": str(policy_dir), "reference": str(reference_dir)}  # fmt: skip
     job = pool.Job(
         "bnfctl.evaluation.shifting:Measuring", request, draft.path / "log", max(1, min(workers, len(todo))),
-        threads=threads, apart=machine.visible_gpus() > 0,
+        threads=threads, apart=config.sampler == "vllm" or machine.visible_gpus() > 0,
     )  # fmt: skip
     left = sum(min(size, count - unit * size) for unit in todo)
     with console.Progress(count, "responses", count - left) as progress:

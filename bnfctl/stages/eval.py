@@ -63,12 +63,14 @@ def plan(config: EvalConfig, store: Store) -> Plan:
 
 
 def _base(config: EvalConfig, store: Store, versions: dict[str, str]) -> Pinned:
-    """The base's grades; UsageError where they are none of the same tasks."""
+    """The base's grades; UsageError where there are none of the same tasks."""
     base = store.find(str(config.base), STAGE, "--base")
     hint = f"bnfctl eval {base.manifest.config['model']} --tasks {','.join(config.tasks)}"
     if base.manifest.stage_version != VERSION:
         raise UsageError("the base was evaluated by an older bnfctl", where="--base", hint=hint)
     for name, version in versions.items():
+        if name == SHIFTS:
+            continue  # they are against the reference
         graded = base.manifest.summary["tasks"].get(name)
         if graded is None:
             raise UsageError(f"the base has no grades for {name}", where="--base", hint=hint)

@@ -6,6 +6,7 @@ an object of WildBench.  So all verdicts are known, and the JSON mode is seen to
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Callable
@@ -14,12 +15,15 @@ from typing import Any
 
 import pytest
 
-from bnfctl.artifact import Artifact
+from bnfctl.artifact import Artifact, Store
 from bnfctl.client import local
-from bnfctl.model.vllm import server_command
+from bnfctl.config import EvalConfig
+from bnfctl.errors import BnfctlError
+from bnfctl.launch import execute
 from tests import models
 from tests.client.test_local import alive, processes_with
 from tests.conftest import Done
+from tests.real_server import vllm_server
 from tests.tasks.judged_world import answer_row, arena, wild_row, write
 
 pytestmark = [
@@ -112,30 +116,20 @@ def test_a_judge_that_the_run_starts_itself(judge: Path, tmp_path: Path, bnfctl:
     assert local.KEY_ENV not in (artifact.path / "manifest.json").read_text()
 
 
-def test_a_judge_that_runs_elsewhere(judge: Path, tmp_path: Path, bnfctl: Callable[..., Done]) -> None:
-    data = data_folder(tmp_path)
+def test_a_judge_that_runs_elsewhere(
+    judge: Path, tmp_path: Path, store: Store, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = write(tmp_path / "theirs.jsonl", [answer_row(n, f"text {n}", "theirs", 2024) for n in range(COUNT)])
-    common = (
-        "--tasks",
-        "arena-hard",
-        "--responses",
-        file,
-        "--data-dir",
-        data,
-        "--api-key-env",
-        local.KEY_ENV,
-        "--json",
-    )
-    command, environment = server_command(
-        judge, "the-judge", dtype="auto", gpu_memory=0.3, trust_remote_code=False, instead="--server URL"
-    )
-    with local.serving(command, environment, "the-judge", log=tmp_path / "judge.log") as (url,):
-        done = bnfctl("eval", *common, "--server", url)
-        again = bnfctl("eval", *common, "--server", url, "--force")
-        wrong = bnfctl("eval", *common[:-3], "--server", url, "--force")
-    assert done.code == again.code == 0, done.err + again.err
-    artifact = Artifact(Path(done.json["artifact"]))
-    check_arena(artifact.manifest.summary["tasks"]["arena-hard"], list(artifact.rows()), "theirs")
-    assert "6 calls, 0 answered before" in done.err and "0 calls, 6 answered before" in again.err
-    assert again.json["digest"] == done.json["digest"]
-    assert wrong.code == 1 and "401" in wrong.err, wrong.err
+    with vllm_server(judge, context=CONTEXT, name="the-judge") as url:
+        config = EvalConfig(
+            tasks=("arena-hard",), responses=(str(file),), data_dir=str(data_folder(tmp_path)), server=(url,), retries=1
+        )
+        artifact = execute("eval", config, store).artifact
+        assert "6 calls, 0 answered before" in capfd.readouterr().err
+        check_arena(artifact.manifest.summary["tasks"]["arena-hard"], list(artifact.rows()), "theirs")
+        again = execute("eval", config, store, force=True).artifact
+        assert "0 calls, 6 answered before" in capfd.readouterr().err
+        assert again.manifest.digest == artifact.manifest.digest
+        monkeypatch.setenv("ANOTHER_KEY", "nonsense")
+        with pytest.raises(BnfctlError, match="401"):
+            execute("eval", dataclasses.replace(config, api_key_env="ANOTHER_KEY"), store, force=True)
