@@ -1,5 +1,6 @@
-"""A server in the manner of vLLM's, as a program: it lists one model for those who have the key, and has an engine.
+"""A server in the manner of vLLM's, as a program: it has one model, for those who have the key, and an engine.
 
+Its model says that A is much better.
 Its engine is a process of its own that ignores what ends servers politely, as one that is busy on a GPU does.
 """
 
@@ -14,6 +15,7 @@ import sys
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -23,6 +25,7 @@ def main() -> None:
     parser.add_argument("--name", default="fake")
     parser.add_argument("--slow", type=float, default=0.0)
     parser.add_argument("--fail", default="")
+    parser.add_argument("--calls", type=int, default=1 << 30, help="answered before it dies")
     parser.add_argument("--stubborn", action="store_true")
     parser.add_argument("--notes", type=Path)
     asked = parser.parse_args()
@@ -44,21 +47,36 @@ def main() -> None:
         print("RuntimeError: Engine core initialization failed. See root cause above.", file=sys.stderr)
         sys.exit(3)
 
-    class Models(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path == "/die":
-                os._exit(5)
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, content: dict[str, Any]) -> None:
             good = self.headers.get("Authorization") == f"Bearer {key}"
-            body = json.dumps({"data": [{"id": asked.name, "owned_by": "vllm"}]} if good else {"error": "no"}).encode()
+            body = json.dumps(content if good else {"error": "no"}).encode()
             self.send_response(200 if good else 401)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
 
+        def do_GET(self) -> None:
+            if self.path == "/die":
+                os._exit(5)
+            self.answer({"data": [{"id": asked.name, "owned_by": "vllm"}], "version": "0.0"})
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            if not asked.calls:
+                print("MemoryError: no room for one more", flush=True)
+                os._exit(5)
+            asked.calls -= 1
+            message = {"role": "assistant", "content": "[[A>>B]]"}
+            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+            self.answer(
+                {"choices": choices, "usage": {"prompt_tokens": 9, "completion_tokens": 2}, "model": asked.name}
+            )
+
         def log_message(self, *_: object) -> None:
             pass
 
-    HTTPServer((asked.host, asked.port), Models).serve_forever()
+    HTTPServer((asked.host, asked.port), Handler).serve_forever()
 
 
 main()

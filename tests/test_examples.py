@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from bnfctl import launch
 from bnfctl.artifact import STAGES, Artifact, Store
 from bnfctl.config import BuildConfig, TrainConfig
 from bnfctl.options import fields
+from tests import warm
 from tests.conftest import REPOSITORY
 from tests.ranks import free_port
 
@@ -21,19 +23,18 @@ SCRIPTS = sorted((REPOSITORY / "examples").glob("*.sh"))
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     """As a user has it: `bnfctl` is a command on the PATH."""
     command = tmp_path / "bin" / "bnfctl"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m bnfctl "$@"\n')
-    command.chmod(0o755)
-    return {
-        **os.environ,
-        "PATH": f"{command.parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(REPOSITORY),
-        "BNFCTL_HOME": str(tmp_path / "artifacts"),
-        "OMP_NUM_THREADS": "1",
-    }
+    with warm.program(command):
+        yield {
+            **os.environ,
+            "PATH": f"{command.parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(REPOSITORY),
+            "BNFCTL_HOME": str(tmp_path / "artifacts"),
+            "OMP_NUM_THREADS": "1",
+        }
 
 
 def test_there_are_examples() -> None:
@@ -59,7 +60,9 @@ def test_end_to_end(environment: dict[str, str], tmp_path: Path) -> None:
     done = run_script("end_to_end.sh", "lab", "lab:chat", "6", environment=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     last = Artifact(Path(done.stdout.splitlines()[-1]))
-    assert last.manifest.stage == "eval" and "gain" in next(iter(last.manifest.summary["tasks"]["lab-chat"]["models"].values()))
+    assert last.manifest.stage == "eval" and "gain" in next(
+        iter(last.manifest.summary["tasks"]["lab-chat"]["models"].values())
+    )
     store = Store(tmp_path / "artifacts")
     assert {stage: len(list(store.artifacts(stage))) for stage in STAGES} == {**dict.fromkeys(STAGES, 1), "eval": 2}
     assert store.names()["aligned"] == last.manifest.inputs["model"]["ref"]

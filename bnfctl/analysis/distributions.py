@@ -1,13 +1,8 @@
 """What a set of shifts is like: how unevenly spread, how correlated, and how one method's lie in another's decile bins.
 
-Plain numbers in, plain numbers out, on the rows that `shifts` writes; imports no torch.  Wiring, for figures 3 and 4 of
-the paper:
-
-* `mean_over_prompts(column, prompt_ids)` of any column of `shifts.SCHEMA`, with its interval;
-* `pearson` and `spearman` of ("z2_mean", "ll_mean"), or of any other two columns;
-* `gini` of the absolute values of all "token_z" of a method is the pooled variant; each row has its own;
-* `paired_bins(same_tokens({"dpo": rows, "bnf": rows}), by="dpo")` where all methods were measured on the same responses,
-  and `histogram_bins({"dpo": numbers, "bnf": numbers}, by="dpo")` where each was measured on its own.
+Plain numbers in, plain numbers out, on the rows that `shifts` writes; imports no torch.  `evaluation.shifting` makes
+the figures of a run and figure 4's bins of them: `paired_bins` where all methods were measured on the same responses,
+`histogram_bins` where each was measured on its own.
 """
 
 from __future__ import annotations

@@ -94,8 +94,9 @@ def _rewards(batch: pa.RecordBatch) -> Iterator[tuple[str, Numbers, Numbers]]:
 class Histogram:
     """Counts of several sets of numbers over the same bins; of a few distinct numbers, one bin each."""
 
-    def __init__(self, names: Sequence[str], bins: int = BINS) -> None:
-        self._bins = bins
+    def __init__(self, names: Sequence[str], bins: int = BINS, few: int = BINS) -> None:
+        """few: the most distinct numbers that get a bin each; at least 1, and no more than `bins`."""
+        self._bins, self._few = bins, few
         self._low, self._high = math.inf, -math.inf
         self._distinct: set[float] = set()
         self._counts = dict.fromkeys(names, np.zeros(bins, np.int64))
@@ -106,15 +107,15 @@ class Histogram:
         if not len(values):
             return
         self._low, self._high = min(self._low, values.min().item()), max(self._high, values.max().item())
-        if len(self._distinct) <= self._bins:
-            self._distinct.update(np.unique(values)[: self._bins + 1].tolist())
+        if len(self._distinct) <= self._few:
+            self._distinct.update(np.unique(values)[: self._few + 1].tolist())
         count, total = self._totals[name]
         with np.errstate(over="ignore"):
             self._totals[name] = count + len(values), total + values.sum().item()
 
     def add(self, name: str, values: Numbers) -> None:
         """Second pass: the counts."""
-        if len(self._distinct) <= self._bins:
+        if len(self._distinct) <= self._few:
             place = np.searchsorted(sorted(self._distinct), values)
         else:
             place = np.searchsorted(self._edges()[1:-1], values, side="right")
@@ -129,7 +130,7 @@ class Histogram:
         """Bins as [low, high], the last one with its end; None where there is no number."""
         if not self._distinct:
             return None
-        if len(self._distinct) <= self._bins:
+        if len(self._distinct) <= self._few:
             bins = [[value, value] for value in sorted(self._distinct)]
         else:
             bins = [list(edge) for edge in pairwise(self._edges().tolist())]

@@ -51,6 +51,7 @@ class Answers:
         self._reserve = Reserve(path.with_name(path.name + "-reserve"), reserve)
         self.full = False
         """Whether the disk was full: all answers so far are kept, and there is room for those on their way, but not more."""
+        self._file, self._inode = sqlite3.connect(":memory:"), -1  # until `_follow` opens the real one
         try:
             self._locks = Locks(path.with_name(path.name + "-locks"))
         except OSError as error:
@@ -58,16 +59,14 @@ class Answers:
         try:
             self._begin()
         except BaseException:
-            self._locks.close()
+            self.close()
             raise
 
     def _begin(self) -> None:
-        self._file, self._inode = _connect(self.path), -1
         self._do(_check)
         with self._locks.turn():
             room = self._hold()
         if not room:
-            self._file.close()
             raise BnfctlError(
                 f"less than {self._reserve.size >> 20} MB are free to keep the servers' answers", where=str(self.path),
                 hint="free some space; the same command goes on where this one stopped",
@@ -147,7 +146,7 @@ class Answers:
             raise self._error(error) from error
 
     def _follow(self) -> None:
-        """Open the file where it is not open, or where another process has put a repaired one in its place."""
+        """Open the file where it is not open yet, or where another process has put a repaired one in its place."""
         if self._inode != _inode(self.path):
             self._file.close()
             self._file = _connect(self.path)
@@ -168,7 +167,7 @@ class Answers:
         finally:
             fresh.unlink(missing_ok=True)
         console.say(
-            f"{self.path}: {reason}; kept as {aside.name}, {count} answers recovered, the others are asked again"
+            f"{self.path}: damaged ({reason}); kept as {aside.name}, {count} answers recovered, others are asked again"
         )
         self._inode = -1
         self._follow()
@@ -209,7 +208,7 @@ def _check(file: sqlite3.Connection) -> None:
     file.execute("SELECT key, answer FROM answers WHERE key = ''").fetchone()
     found = file.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if found != "ok":
-        error = sqlite3.DatabaseError(" ".join(str(found).split()))
+        error = sqlite3.DatabaseError(" ".join(str(found).rpartition("***")[2].split()))
         error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
         raise error
 

@@ -48,7 +48,7 @@ class Client:
         servers = Servers(self.urls, concurrency, backoff or Backoff())
         self._settings = Settings(servers, concurrency, timeout, retries, api_key(api_key_env), self.usage)
 
-    def ask(self, requests: Iterable[Request | Known | None]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    def ask(self, requests: Iterable[Request | Known | None]) -> Generator[tuple[Any, dict[str, Any]]]:
         """(tag, answer) of every request, in order of completion; what was answered before is not asked again.
 
         requests: pulled when there is room, in the caller's thread, so it may depend on the answers so far: None

@@ -35,7 +35,7 @@ _KEEPER_SECONDS = 0.1
 """Between two looks of a keeper at its server."""
 _FINDING_SECONDS = 1.0
 """For a keeper to find out that its server has died, once a client has."""
-_LEAVING_SECONDS = 20.0
+_LEAVING_SECONDS = 10.0
 """For a server to end in peace: it gives back what it shares between its processes."""
 _DYING_SECONDS = 10.0
 """For the processes of a server to be really gone: until then they have a GPU's memory."""

@@ -30,7 +30,7 @@ def answers_file(store: Store) -> Path:
 
 
 class Asker:
-    """The judge of a run: connected (or started) for the first question, ended by `close`."""
+    """The judge of a run: connected (or started) for the first question, ended with the context."""
 
     def __init__(self, config: EvalConfig, draft: Draft) -> None:
         self.config, self.draft = config, draft
@@ -57,9 +57,12 @@ class Asker:
         rows = [found[one.model, one.item.id] for one in answered]
         return rows, fingerprint(task, who, rows)
 
-    def close(self) -> None:
-        """End the server that was started, if one was."""
-        self._open.close()
+    def __enter__(self) -> Asker:
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        """End the server that was started, if one was; where it died, that is the error that is raised."""
+        return self._open.__exit__(*error)
 
     def _connected(self) -> tuple[Client, Served]:
         if self._judge is None:

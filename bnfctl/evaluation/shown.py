@@ -54,7 +54,7 @@ def table_of(artifact: Artifact) -> str:
         parts.append(console.table(title, columns, rows, right=range(2 if several else 1, len(columns))))
     parts += [f"{name}: {line}" for name, task in results.items() for line in _notes(task)]
     if SHIFTS in summary["tasks"]:
-        parts.append(_shifts(summary["tasks"][SHIFTS]))
+        parts.append(("\n" if found else "") + _shifts(summary["tasks"][SHIFTS]))
     return "\n".join(parts)
 
 

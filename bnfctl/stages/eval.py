@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from typing import Any
 
 from bnfctl import machine, pool, samplers, shards
@@ -101,7 +100,7 @@ def run(config: EvalConfig, draft: Draft) -> dict[str, Any]:
     sampled = _sampled(config, draft) if config.model is not None else {}
     judges: dict[str, dict[str, Fingerprint]] = {name: {} for name in work}
     rows: list[dict[str, Any]] = []
-    with closing(Asker(config, draft)) as asker:
+    with Asker(config, draft) as asker:
         for name, task in work.items():
             mine = sampled.get(name, [])
             if isinstance(task, JudgedTask):

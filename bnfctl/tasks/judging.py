@@ -21,6 +21,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -297,12 +298,13 @@ def judge(task: JudgedTask, answered: Iterable[Answered], client: Client, who: J
     answered is kept in any case.
     """
     run = _Run(task, who, client.urls)
-    for (state, question), answer in client.ask(run.requests(answered)):
-        if question is not None:
-            run.take(state, question, answer)
-        if not state.open:
-            run.under_way -= 1
-            yield task.judged(state.answered, state.answers)
+    with closing(client.ask(run.requests(answered))) as asked:  # an error here ends what is in flight
+        for (state, question), answer in asked:
+            if question is not None:
+                run.take(state, question, answer)
+            if not state.open:
+                run.under_way -= 1
+                yield task.judged(state.answered, state.answers)
 
 
 @dataclass(eq=False)

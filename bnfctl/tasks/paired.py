@@ -17,6 +17,7 @@ import numpy as np
 
 from bnfctl.tasks.statistics import (
     DRAWS,
+    Bootstrap,
     Statistic,
     bootstrap,
     cluster_index,
@@ -110,12 +111,16 @@ def bootstrap_difference(
     p is twice the share of resamples on the far side of 0, (1 + k) / (1 + draws) at least.  Both statistics give
     one figure per data set, [b].
     """
-    found = bootstrap(lambda counts: first(counts) - second(counts), clusters, draws, seed)
+    return bootstrapped(bootstrap(lambda counts: first(counts) - second(counts), clusters, draws, seed))
+
+
+def bootstrapped(found: Bootstrap) -> Difference:
+    """The difference whose resamples are known, one figure per data set: interval, and p by inversion."""
     values = found.values[~np.isnan(found.values)]
     far = min(int((values <= 0).sum()), int((values >= 0).sum()))
     estimate = found.estimate()
     return Difference(
-        clusters,
+        found.n,
         estimate.mean,
         estimate.low,
         estimate.high,

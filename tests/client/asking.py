@@ -16,8 +16,9 @@ from bnfctl.client.endpoint import Client
 from bnfctl.client.requests import CHAT, Request, read_chat
 from bnfctl.client.servers import Backoff
 from bnfctl.errors import BnfctlError
-from tests.conftest import REPOSITORY
 from tests.stub_server import text_of
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def question(number: int) -> Request:

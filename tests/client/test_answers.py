@@ -228,7 +228,7 @@ def test_a_kill_in_the_middle_of_a_repair_loses_nothing(step: int, tmp_path: Pat
     assert left(path) == set(range(60))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(sizes=st.lists(st.integers(0, 20000), min_size=1, max_size=40))
 def test_every_row_of_a_whole_file_is_made_out(sizes: list[int], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("salvage") / "a"
@@ -240,7 +240,7 @@ def test_every_row_of_a_whole_file_is_made_out(sizes: list[int], tmp_path_factor
     assert found >= set(rows)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(noise=st.binary(max_size=300), at=st.integers(0, 8000), kind=st.sampled_from([b"", b"\x0d"]))
 def test_any_bytes_are_read_or_left(
     noise: bytes, at: int, kind: bytes, tmp_path_factory: pytest.TempPathFactory

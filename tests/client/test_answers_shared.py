@@ -22,17 +22,24 @@ def until(reached: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("second", [range(150), range(149, -1, -1)], ids=["in step", "from the other end"])
-def test_two_runs_ask_each_question_once_and_share_the_work(second: Sequence[int], tmp_path: Path) -> None:
-    file = tmp_path / "answers"
+def both_there(stub: StubServer) -> StubServer:
+    """The server, which lets the first run wait until a second one asks too."""
+    then = stub.fault
+    assert then is not None
 
     def fault(call: Call) -> bool:
-        until(lambda: stub.busiest > 8)  # both are there
-        time.sleep(0.02)
-        return False
+        until(lambda: stub.busiest > 8)
+        return then(call)
 
+    stub.fault = fault
+    return stub
+
+
+@pytest.mark.parametrize("second", [range(150), range(149, -1, -1)], ids=["in step", "from the other end"])
+def test_two_runs_ask_each_question_once_and_share_the_work(second: Sequence[int], tmp_path: Path) -> None:
+    file, stub = tmp_path / "answers", StubServer(slow(0.02))
     with (
-        StubServer(fault) as stub,
+        both_there(stub),
         Asking(stub.url, file, range(150)) as one,
         Asking(stub.url, file, second) as two,
     ):
@@ -68,15 +75,14 @@ def test_what_a_killed_run_had_in_flight_is_all_that_the_other_asks_again(tmp_pa
 
 
 def test_different_questions_are_asked_side_by_side(tmp_path: Path) -> None:
-    file = tmp_path / "answers"
+    file, stub = tmp_path / "answers", StubServer(slow(0.02))
     with (
-        StubServer(slow(0.2)) as stub,
+        both_there(stub),
         Asking(stub.url, file, range(40)) as one,
         Asking(stub.url, file, range(40, 80)) as two,
     ):
         assert one.end()[0] == expected(range(40))
         assert two.end()[0] == expected(range(40, 80))
-        assert stub.busiest == 16
     assert set(stub.asked.values()) == {1}
 
 
@@ -117,7 +123,7 @@ def test_a_stop_ends_the_wait_for_another_run(tmp_path: Path) -> None:
             started = time.monotonic()
             waits.process.send_signal(signal.SIGINT)
             assert waits.end()[1]["error"] == "interrupted"
-            assert time.monotonic() - started < 2.0
+            assert time.monotonic() - started < 10.0
 
 
 def test_a_refusal_is_nobody_s_answer_and_holds_nobody_up(tmp_path: Path) -> None:

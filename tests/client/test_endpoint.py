@@ -257,8 +257,8 @@ def test_a_stop_is_quick_and_keeps_what_was_answered(
 
 CHILD = """
 import pathlib, sys
-from tests.client.test_endpoint import client, request
-for tag, _ in client(*sys.argv[2:], answers=pathlib.Path(sys.argv[1]), concurrency=8).ask(map(request, range(200))):
+from tests.client.asking import asks, question
+for tag, _ in asks(sys.argv[2], pathlib.Path(sys.argv[1])).ask(map(question, range(200))):
     print(tag, flush=True)
 """
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bnfctl import console, dryrun, launch
+from bnfctl import dryrun, launch
 from bnfctl.artifact import Artifact, Store
 from bnfctl.config import EvalConfig
 from bnfctl.errors import BnfctlError, UsageError
 from bnfctl.evaluation.inputs import name_of
 from bnfctl.evaluation.rows import rows_of
 from bnfctl.stages import eval as eval_stage
+from bnfctl.tables import MODELS, load
 from bnfctl.tasks.battles import outcome
 from bnfctl.tasks.judged_rows import from_row
 from tests.evaluation.world import EVERY_TASK, data, say
@@ -248,18 +250,27 @@ def test_models_are_called_the_same_everywhere(tmp_path: Path, store: Store) -> 
     assert name_of(Pinned("artifact", "train/abc", "d", "/x")) == "train/abc"
 
 
+@pytest.fixture
+def brief(tmp_path: Path) -> Path:
+    """The lab's model with less room: on prompts of another world it would write to the end of its context."""
+    folder = tmp_path / "brief"
+    shutil.copytree(load(MODELS, "lab", "model"), folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": 700}))
+    return folder
+
+
 @pytest.mark.slow
-def test_every_task_with_the_lab_model(tmp_path: Path, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    console.say("all tasks, --limit 20")
+def test_every_task_with_the_lab_model(tmp_path: Path, store: Store, brief: Path) -> None:
     with StubServer(say=say) as stub:
         config = EvalConfig(
-            tasks=EVERY_TASK, model="lab", sampler="hf", limit=20, data_dir=str(data(tmp_path / "items", 20)),
-            server=(stub.url,), reference="lab", shift_prompts="lab:chat",
+            tasks=EVERY_TASK, model=str(brief), sampler="hf", limit=20, data_dir=str(data(tmp_path / "items", 20)),
+            server=(stub.url,), reference=str(brief), shift_prompts="lab:chat",
         )  # fmt: skip
         made = run(config, store)
     summary = made.manifest.summary["tasks"]
     for task in EVERY_TASK:
-        assert summary[task]["models"]["lab"]["n"] == 20, task
-    assert summary["shifts"]["models"]["lab"]["z2_sum"]["mean"] == 0
+        assert summary[task]["models"]["brief"]["n"] == 20, task
+    assert summary["shifts"]["models"]["brief"]["z2_sum"]["mean"] == 0
     table = eval_stage.table_of(made)
     assert all(task in table for task in EVERY_TASK if task != "shifts") and "log-likelihood shift" in table

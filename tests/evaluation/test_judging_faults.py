@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -19,6 +20,7 @@ import pytest
 
 from bnfctl.artifact import Artifact, Store
 from bnfctl.config import EvalConfig
+from bnfctl.errors import BnfctlError
 from bnfctl.evaluation.asking import answers_file
 from bnfctl.evaluation.rows import rows_of
 from tests.conftest import REPOSITORY, Done, environment
@@ -112,30 +114,37 @@ def used(folder: Path, finished: Done) -> dict[str, Any]:
     return dict(made(folder, finished).manifest.provenance["usage"])
 
 
-def killed(folder: Path, command: list[str], stub: StubServer, after: int) -> int:
-    """Kill the command when so many are answered; how often the judge was asked by then."""
-    with started(folder, command) as process:
-        until(lambda: sum(stub.answered.values()) >= after)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    time.sleep(0.2)  # what was in flight arrives there
-    return sum(stub.asked.values())
+class Gate:
+    """A fault: calls from a number on wait, so that a run is surely in the middle, until `open` is set."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.open = number, threading.Event()
+
+    def __call__(self, call: Call) -> bool:
+        if call.number >= self.number:
+            self.open.wait(60)
+        return False
 
 
 def test_a_killed_run_goes_on_and_asks_again_only_what_was_in_flight(
     items: Path, files: dict[str, Path], undisturbed: str, tmp_path: Path, warm_bnfctl: Callable[..., Done]
 ) -> None:
-    with StubServer(slow(0.05), say=say) as stub:
+    gate = Gate(CALLS // 2)
+    with StubServer(gate, say=say) as stub:
         command = arguments(items, files["mine"], url=stub.url)
-        asked = killed(tmp_path, command, stub, CALLS // 2)
-        assert CALLS // 2 <= asked < CALLS - IN_FLIGHT
+        with started(tmp_path, command) as process:
+            until(lambda: sum(stub.asked.values()) == CALLS // 2 + IN_FLIGHT)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        gate.open.set()
+        asked = sum(stub.asked.values())
         finished = warm_bnfctl(*command)
         assert made(tmp_path, finished).manifest.digest == undisturbed
         assert len(stub.asked) == CALLS
         assert sum(stub.asked.values()) <= CALLS + IN_FLIGHT
         usage = used(tmp_path, finished)
         assert usage["requests"] + usage["cached"] == CALLS
-        assert usage["requests"] == sum(stub.asked.values()) - asked
+        assert usage["requests"] == sum(stub.asked.values()) - asked == CALLS // 2
 
 
 @pytest.mark.slow
@@ -214,9 +223,9 @@ def test_verdicts_that_are_malformed_or_cut_off_are_null_with_a_reason(
 ) -> None:
     texts = {
         (0, 1): ("[[A>B]] or rather [[B>A]]", "stop"), (1, 2): ("My final verdict is [[A", "length"),
-        (2, 1): ("", "stop"), (3, 2): ("[[C>>D]]", "stop"), (4, 1): ("null", "stop"), (5, 1): ("\ud83d", "stop"),
+        (2, 1): ("", "stop"), (3, 2): ("[[A<B]]", "stop"), (4, 1): ("null", "stop"), (5, 1): ("\ud83d", "stop"),
     }  # fmt: skip
-    reasons = {0: "labels differ", 1: "cut off, no label", 2: "no label", 3: "no such label: C>>D", 4: "no label",
+    reasons = {0: "labels differ", 1: "cut off, no label", 2: "no label", 3: "no such label: A<B", 4: "no label",
                5: "no label"}  # fmt: skip
 
     def fault(call: Call) -> bool:
@@ -280,14 +289,16 @@ def test_the_other_run_goes_on_when_one_is_killed(items: Path, files: dict[str, 
 def test_an_interrupted_run_keeps_its_answers(
     items: Path, files: dict[str, Path], undisturbed: str, tmp_path: Path, warm_bnfctl: Callable[..., Done]
 ) -> None:
-    with StubServer(slow(0.1), say=say) as stub:
+    gate = Gate(10)
+    with StubServer(gate, say=say) as stub:
         command = arguments(items, files["mine"], url=stub.url)
         with started(tmp_path, command) as process:
-            until(lambda: sum(stub.answered.values()) >= 10)
+            until(lambda: sum(stub.asked.values()) == 10 + IN_FLIGHT)
             process.send_signal(signal.SIGINT)
             assert done(process).code == 130
+        gate.open.set()
         assert made(tmp_path, warm_bnfctl(*command)).manifest.digest == undisturbed
-        assert sum(stub.asked.values()) <= CALLS + IN_FLIGHT
+        assert sum(stub.asked.values()) == CALLS + IN_FLIGHT
 
 
 def test_more_calls_go_on_where_fewer_stopped(
@@ -321,7 +332,7 @@ def test_damaged_answers_are_asked_again_and_no_others(
         assert made(tmp_path, finished).manifest.digest == undisturbed
         assert used(tmp_path, finished)["cached"] == CALLS - 10 - 3
         assert sum(stub.asked.values()) == CALLS + 3
-    assert "file is not a database; kept as judges.sqlite-damaged-1, 47 answers recovered" in finished.err
+    assert "file is not a database); kept as judges.sqlite-damaged-1, 47 answers recovered" in finished.err
     assert path.with_name("judges.sqlite-damaged-1").read_bytes()[100:] == content[100:]
 
 
@@ -365,3 +376,19 @@ def test_a_full_disk_is_an_error_and_the_command_goes_on_when_there_is_room(
         assert (code_again, document_again["summary"]["tasks"]["arena-hard"]["models"]["mine"]["n"]) == (0, COUNT)
         assert len(stub.asked) == 2 * CALLS
         assert set(stub.asked.values()) == {1}
+
+
+def test_a_refusal_of_all_leaves_nothing_behind(items: Path, files: dict[str, Path], store: Store) -> None:
+    refuse = [True]
+    fault: Fault = lambda call: refuse[0] and call.number > 8 and call.send(400, {"message": "no such parameter"})  # noqa: E731
+    with StubServer(fault, say=say) as stub:
+        config = EvalConfig(
+            tasks=("arena-hard",), responses=(str(files["mine"]),), data_dir=str(items), server=(stub.url,)
+        )
+        with pytest.raises(BnfctlError, match="no such parameter") as caught:
+            run(config, store)
+        refuse[0] = False
+        made = run(config, store)  # in the process that still has the error, and with it all that it came from
+        assert made.manifest.provenance["usage"]["requests"] == CALLS - 9
+        assert set(stub.answered.values()) == {1}
+    assert "the judge refuses item q" in caught.value.what

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.vllm
 PROMPTS, N, CHUNK = 200, 5, 16
 
 
-def test_killed_and_resumed_by_two_engines_gives_the_candidates_of_an_undisturbed_run(
+def test_kills_and_several_engines_leave_the_candidates_of_an_undisturbed_run(
     tmp_path: Path, bnfctl: Callable[..., Done]
 ) -> None:
     config = GenerateConfig(
@@ -34,26 +34,27 @@ def test_killed_and_resumed_by_two_engines_gives_the_candidates_of_an_undisturbe
     resumed = bnfctl(*args, "--home", tmp_path / "killed", "--devices", "2", timeout=600)
     assert resumed.code == 0, resumed.err
     assert f"resuming: {parts} of {-(-PROMPTS // CHUNK)} chunks are there" in resumed.err
-    assert resumed.json["digest"] == calm.json["digest"]
-    assert resumed.json["summary"] == calm.json["summary"]
 
-    rows = list(Artifact(Path(resumed.json["artifact"])).rows())
+    two = bnfctl(*args, "--home", tmp_path / "two", "--devices", "2", timeout=600)
+    assert two.code == 0, two.err
+    for other in (resumed, two):
+        assert other.json["digest"] == calm.json["digest"]
+        assert other.json["summary"] == calm.json["summary"]
+    assert list((tmp_path / "two").rglob("log/worker-1.log")) and not list(
+        (tmp_path / "calm").rglob("log/worker-1.log")
+    )
+    provenance = Artifact(Path(two.json["artifact"])).manifest.provenance
+    assert provenance["engine"].startswith("vllm ") and provenance["tokens_per_second"] > 0
+    check(Artifact(Path(resumed.json["artifact"])))
+
+
+def check(candidates: Artifact) -> None:
+    """Rows and summary agree with each other and with what was asked for."""
+    rows, summary = list(candidates.rows()), candidates.manifest.summary
     assert Counter(row["prompt_id"] for row in rows) == dict.fromkeys({row["prompt_id"] for row in rows}, N)
     assert len(rows) == PROMPTS * N
     assert all(row["seed"] == prompt_seed(0, row["prompt_id"]) + row["sample"] for row in rows)
     assert Counter(row["finish_reason"] for row in rows).keys() <= {"stop", "length"}
     assert all(len(row["token_ids"]) == 64 or row["finish_reason"] == "stop" for row in rows)
-    summary = calm.json["summary"]
     assert sum(summary["lengths"].values()) == PROMPTS * N
     assert summary["cut"] == sum(row["finish_reason"] == "length" for row in rows)
-
-
-def test_two_engines_from_the_start(tmp_path: Path, bnfctl: Callable[..., Done]) -> None:
-    args = ("generate", "--model", "lab", "--prompts", "lab:reasoning", "--sampler", "vllm", "--limit", "40",
-            "--n", "2", "--chunk", "4", "--max-tokens", "32", "--json")  # fmt: skip
-    one, two = (bnfctl(*args, "--home", tmp_path / str(i), "--devices", str(i), timeout=600) for i in (1, 2))
-    assert (one.code, two.code) == (0, 0), two.err
-    assert one.json["digest"] == two.json["digest"]
-    assert list((tmp_path / "2").rglob("log/worker-1.log")) and not list((tmp_path / "1").rglob("log/worker-1.log"))
-    provenance = Artifact(Path(two.json["artifact"])).manifest.provenance
-    assert provenance["engine"].startswith("vllm ") and provenance["tokens_per_second"] > 0
