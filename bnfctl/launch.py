@@ -155,8 +155,12 @@ def run_child(stage: str, config: Any, planned: Plan, store: Store, *, label: st
 
 
 def pinned_config(config: Any, planned: Plan) -> Any:
-    """The config with hub names at the commit that was planned, so that a child finds the same one."""
-    hub_names = {name: pinned.ref for name, pinned in planned.inputs.items() if pinned.kind.startswith("hub-")}
+    """The config with hub names at the commit that was planned, so that a child finds the same one.
+
+    Data sets that no field names (those of an evaluation's tasks) have no place in it: the child pins them again.
+    """
+    known = {field.name for field in dataclasses.fields(config)}
+    hub_names = {n: p.ref for n, p in planned.inputs.items() if p.kind.startswith("hub-") and n in known}
     return dataclasses.replace(config, **hub_names)
 
 

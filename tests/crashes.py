@@ -150,16 +150,17 @@ def kills(pipeline: Path, folder: Path, count: int, seed: int = 0) -> dict[str, 
     calm = run_pipeline(pipeline, folder / "calm")
     seconds = time.monotonic() - started
     rng = random.Random(seed)
-    done = 0
+    done, bad = 0, []
     for _ in range(count):
         delay = rng.uniform(1.0, max(3.0, 2.0 * seconds / count))
         if run_pipeline(pipeline, folder / "killed", delay) is None:
             done += 1
+        bad += [problem for artifact in Store(folder / "killed").artifacts() for problem in artifact.verify()]
     ended = run_pipeline(pipeline, folder / "killed")
     assert calm is not None and ended is not None
-    bad = [f"{step}: {ended[step]} instead of {digest}" for step, digest in calm.items() if ended[step] != digest]
-    problems = [artifact.verify() for artifact in Store(folder / "killed").artifacts()]
-    return {"kills": done, "seconds": round(seconds, 1), "bad": bad + [p for found in problems for p in found]}
+    bad += [f"{step}: {ended[step]} instead of {digest}" for step, digest in calm.items() if ended[step] != digest]
+    bad += [problem for artifact in Store(folder / "killed").artifacts() for problem in artifact.verify()]
+    return {"kills": done, "seconds": round(seconds, 1), "bad": bad}
 
 
 if __name__ == "__main__":

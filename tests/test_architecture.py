@@ -43,7 +43,7 @@ LAYERS = [
 
 LIGHT = {"cli", "verbs", "options", "config", "errors", "console", "artifact", "shards", "pool", "pipeline", "launch", "ranks", "tables", "hub",
          "digests", "durable", "browse", "dryrun", "machine", "footprint", "recipes", "shape", "__main__"}  # fmt: skip
-HEAVY = {"torch", "transformers", "datasets", "vllm", "accelerate"}
+HEAVY = {"torch", "transformers", "datasets", "vllm", "accelerate", "matplotlib"}
 
 
 def top_name(path: Path) -> str:

@@ -70,7 +70,7 @@ def test_version_and_module(bnfctl: Run) -> None:
         (["generate", "--prompts", "lab:chat"], 2, "error: model is missing", "hint: "),
         (["generate", "--prompts", "lab:chta", "--model", "lab"], 2, "error: unknown lab family 'chta'", "hint: "),
         (["eval", "lab", "--tasks", "lab-caht"], 2, "error: unknown tasks 'lab-caht' (did you mean 'lab-chat'?)", "hint: one of"),
-        (["eval", "lab", "--tasks", "lab-chat", "--require", "chat>1"], 2, "error: no task 'chat' here", None),
+        (["eval", "lab", "--tasks", "lab-chat", "--require", "chta>1"], 2, "error: no task 'chta' here", "hint: tasks: "),
         (["eval", "lab", "--tasks", "lab-chat", "--require", "lab-chat.gain>0"], 2, "error: a gain needs --base", "hint: --base"),
         (["ls", "trains"], 2, "error: unknown stage 'trains'", "hint: "),
         (["run", "missing.yaml"], 2, "error: no such file", "hint: "),

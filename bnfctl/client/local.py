@@ -42,7 +42,8 @@ _DYING_SECONDS = 10.0
 _SHOWN = 12
 """Lines of a log that are shown when its server has died."""
 _TAIL = 1 << 16
-_REASON = re.compile(r"(?:^|\s)((?:[\w.]+(?:Error|Exception)|error): \S.*)")
+_REASON = re.compile(r"(?:^|\s)((?:(?:[\w.]+(?:Error|Exception)|error):|Value error,) \S.*)")
+"""The second form is pydantic's, for a setting that cannot be."""
 _VEILED = re.compile(r"initialization failed|see (the )?root cause|above for", re.I)
 """Errors that only pass on that there was one."""
 

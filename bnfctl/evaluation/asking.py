@@ -22,6 +22,8 @@ from bnfctl.tasks.imports import Answered
 from bnfctl.tasks.judging import Fingerprint, Judge, Judged, JudgedTask, fingerprint, judge
 
 NO_ENGINE = "--server http://host:8000/v1, of a judge that runs elsewhere"
+_SHOWN = 12
+"""Characters of a judge's digest in its name."""
 
 
 def answers_file(store: Store) -> Path:
@@ -83,7 +85,9 @@ class Asker:
                 raise UsageError("the responses wait for a judge", where="--server", hint=NO_JUDGE)
             yield config.server
             return
-        folder, name = model_dir(self.draft.inputs["judge"]), name_of(self.draft.inputs["judge"])
+        pinned = self.draft.inputs["judge"]
+        # Kept answers are found by the name that was asked: another model in a folder of that name is another judge.
+        folder, name = model_dir(pinned), f"{name_of(pinned)}@{str(pinned.digest)[:_SHOWN]}"
         command, environment = server_command(
             folder, name, dtype=config.dtype, gpu_memory=config.gpu_memory, trust_remote_code=config.trust_remote_code,
             instead=NO_ENGINE, tensor_parallel=config.tensor_parallel,

@@ -6,12 +6,14 @@ responses of a model whose judgments are there give the lengths, and are not jud
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from bnfctl import console
 from bnfctl.artifact import Pinned
 from bnfctl.config import EvalConfig
 from bnfctl.data.records import Reward
@@ -45,8 +47,9 @@ def graded(files: Sequence[Path], task: Task, limit: int | None) -> dict[str, li
             for one in read_responses(path, task):
                 mine.setdefault(one.model, []).append((one, task.grade(one.item, one.response)))
         for model, rows in mine.items():
-            _new(model, found, path)
-            found[model] = rows[:limit]
+            taken = {one.item.id for one, _ in found.get(model, ())}
+            model = _free(model, path, found, any(one.item.id in taken for one, _ in rows))
+            found[model] = [(dataclasses.replace(one, model=model), grade) for one, grade in rows[:limit]]
     return found
 
 
@@ -100,6 +103,20 @@ def _read_judgments(
     raise UsageError(
         f"judgments of {task.name} made elsewhere are not read", where=str(path), hint="give the responses, and a judge"
     )
+
+
+def _free(model: str, path: Path, known: Mapping[str, Any], again: bool) -> str:
+    """What a file's model is called: published files of several models may name the same one, so then as the file.
+
+    again: items that the first file has are in this one too; halves of one model's responses are no two models.
+    UsageError where there is no other name.
+    """
+    if model not in known:
+        return model
+    if again and path.stem not in known:
+        console.say(f"{path}: {model} is in another file too; this one's is called {path.stem}")
+        return path.stem
+    raise UsageError(f"{model} is in two files", where=str(path), hint="one file for each model")
 
 
 def _new(model: str, known: Mapping[str, Any], path: Path) -> None:

@@ -1,0 +1,135 @@
+"""Differences between methods on the same items: never read off two separate intervals.
+
+Grades: the mean paired difference of the items.  Judged figures: both refitted on the same resamples of prompts.  Several
+seeds: the grades are averaged over them first, and their spread widens the interval.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+
+import numpy as np
+
+from bnfctl.report.collect import Method
+from bnfctl.report.measures import Measure
+from bnfctl.report.standing import figure_of
+from bnfctl.report.table import DASH, Cell, Table
+from bnfctl.tasks.paired import Difference, McNemar, bootstrapped, difference, holm, mcnemar
+from bnfctl.tasks.statistics import Z95, Array, Bootstrap, detectable_difference
+
+COLUMNS = ("Benchmark", "Methods", "Difference", "p", "p (Holm)", "Detectable", "McNemar")
+CAPTION = (
+    "First minus second on the same items, in the units of the main table, with its 95 % interval. p is two-sided; Holm's p "
+    "accounts for all {tests} tests of this table: below 0.05 it holds for all of them together. Detectable: the smallest true "
+    "difference that would be found with 80 % power here. McNemar: of the items that one method alone got right, the "
+    "first's : the second's, and the exact p (one seed each only)."
+)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One test."""
+
+    measure: Measure
+    first: Method
+    second: Method
+    found: Difference
+    counts: McNemar | None
+
+
+def against_base(name: str, title: str, methods: Sequence[Method], measures: Sequence[Measure]) -> Table | None:
+    """Every method minus the base; None where there is nothing to compare."""
+    bases = [method for method in methods if method.is_base]
+    pairs = [(method, base) for base in bases for method in methods if method is not base]
+    return _table(name, title, pairs, measures)
+
+
+def between(name: str, title: str, methods: Sequence[Method], measures: Sequence[Measure]) -> Table | None:
+    """Every pair of methods; None where there is nothing to compare."""
+    return _table(name, title, list(itertools.combinations([one for one in methods if not one.is_base], 2)), measures)
+
+
+def _table(name: str, title: str, pairs: Sequence[tuple[Method, Method]], measures: Sequence[Measure]) -> Table | None:
+    tests = [test for measure in measures for pair in pairs if (test := compared(measure, *pair)) is not None]
+    if not tests:
+        return None
+    adjusted = holm({str(number): test.found.p for number, test in enumerate(tests)})
+    rows = [_row(test, adjusted[str(number)]) for number, test in enumerate(tests)]
+    return Table(name, title, CAPTION.format(tests=len(tests)), COLUMNS, tuple(rows))
+
+
+def compared(measure: Measure, first: Method, second: Method) -> Compared | None:
+    """The test of one figure; None where one of the two has none, or they have no items in common."""
+    if measure.statistic is None or figure_of(measure, first) is None or figure_of(measure, second) is None:
+        return None
+    counts = None
+    if measure.grades is not None:
+        mine, theirs = (_mean_grades(measure, method) for method in (first, second))
+        known = ~(np.isnan(mine) | np.isnan(theirs))
+        if not known.any():
+            return None
+        found = difference(mine[known].tolist(), theirs[known].tolist())
+        if measure.binary and len(first.runs) == len(second.runs) == 1:
+            counts = mcnemar(mine[known].tolist(), theirs[known].tolist())
+    else:
+        assert measure.resampled is not None
+        found = bootstrapped(_minus(measure, measure.resampled, first, second))
+    return Compared(measure, first, second, _with_seeds(found, measure, first, second), counts)
+
+
+def _minus(measure: Measure, found: Bootstrap, first: Method, second: Method) -> Bootstrap:
+    """first - second in the data and in every resample, each the mean over the method's runs."""
+    mine, theirs = (_columns(measure, method) for method in (first, second))
+    point, values = (part[..., mine].mean(-1) - part[..., theirs].mean(-1) for part in (found.point, found.values))
+    return Bootstrap(found.n, point, values)
+
+
+def _columns(measure: Measure, method: Method) -> list[int]:
+    """The places of the method's runs among the measure's."""
+    place = {ref: r for r, ref in enumerate(measure.estimates)}
+    return [place[run.ref] for run in method.runs if run.ref in place]
+
+
+def _mean_grades(measure: Measure, method: Method) -> Array:
+    """[K] over the method's runs; NaN for an item that some run has no grade for."""
+    assert measure.grades is not None
+    return measure.grades[_columns(measure, method)].mean(0)
+
+
+def _with_seeds(found: Difference, measure: Measure, first: Method, second: Method) -> Difference:
+    """The difference for new seeds too: their variance is added to that of the items."""
+    spreads = [figure.spread for figure in (figure_of(measure, first), figure_of(measure, second)) if figure]
+    seeds = sum(spread.sd**2 / spread.n for spread in spreads if spread is not None)
+    if not any(spreads):
+        return found
+    items = found.detectable / detectable_difference(1.0)
+    error = math.sqrt((0.0 if math.isnan(items) else items) ** 2 + seeds)
+    p = (1.0 if found.mean == 0 else 0.0) if error == 0 else 2 * NormalDist().cdf(-abs(found.mean) / error)
+    half = Z95 * error
+    return replace(found, low=found.mean - half, high=found.mean + half, p=p, detectable=detectable_difference(error))
+
+
+def _row(test: Compared, adjusted: float) -> tuple[Cell, ...]:
+    found, decimals = test.found, test.measure.decimals + 1
+    refs = [run.ref for method in (test.first, test.second) for run in method.runs]
+    title = f"{found.n} items; " + "; ".join(test.measure.sources[ref] for ref in refs if ref in test.measure.sources)
+    counts = test.counts
+    exact = Cell(DASH, title="for right and wrong, and one seed each")
+    if counts is not None:
+        split = f"{counts.first_only} : {counts.second_only}, p {shown_p(counts.p)}"
+        exact = Cell(split, counts.p, title=title)
+    return (
+        Cell(test.measure.full_name), Cell(f"{test.first.label} - {test.second.label}"),
+        Cell(f"{found.mean:+.{decimals}f}", found.mean, found.low, found.high, title=title), Cell(shown_p(found.p), found.p, title=title),
+        Cell(shown_p(adjusted), adjusted, title=title, best=adjusted < 0.05),
+        Cell(f"{found.detectable:.{decimals}f}", found.detectable, title=title), exact,
+    )  # fmt: skip
+
+
+def shown_p(p: float) -> str:
+    """A p-value to two digits, with an end to them."""
+    return "< 0.0001" if p < 0.0001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"

@@ -1,0 +1,148 @@
+"""A table of the report: cells with a text and, where they are numbers, the number, its interval and its rank.
+
+Every cell says in `title` where its number comes from; CSV gives value, interval and rank columns of their own.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+DASH = "–"
+"""Stands where there is no number; the cell's title says why."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a table shows in one place."""
+
+    text: str
+    """The bare number as it is printed, or words."""
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    rank: float | None = None
+    title: str = ""
+    """Where the number comes from (artifacts), or why there is none."""
+    sd: float | None = None
+    """Over training seeds."""
+    best: bool = False
+    """The best of its column: shown bold."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with its caption."""
+
+    id: str
+    """Of its file and of its place in the page."""
+    title: str
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    warnings: tuple[str, ...] = ()
+    """What a reader must know before comparing the numbers; shown above them."""
+    groups: tuple[tuple[str, int], ...] = ()
+    """Headings over several columns: (heading, columns), from the left; all columns, or none."""
+
+
+_MARKUP = str.maketrans(
+    {**{c: f"\\{c}" for c in "\\`*_{}[]#|~$"}, "<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ", "\r": " "}
+)
+
+
+def plain_markdown(text: str) -> str:
+    """A text as Markdown shows it, on one line: nothing in it is markup or HTML."""
+    return text.translate(_MARKUP)
+
+
+def as_markdown(table: Table) -> str:
+    """The table as a pipe table under its title, with its warnings above; group headings become part of the columns."""
+    parts = [f"### {plain_markdown(table.title)}"]
+    parts += [f"> **Warning:** {plain_markdown(warning)}" for warning in table.warnings]
+    if table.rows:
+        lines = [_line(plain_markdown(name) for name in headings(table)), _line("---" for _ in table.columns)]
+        lines += [_line(_marked(cell) for cell in row) for row in table.rows]
+        parts.append("\n".join(lines))
+    if table.caption:
+        parts.append(plain_markdown(table.caption))
+    return "\n\n".join(parts) + "\n"
+
+
+def headings(table: Table) -> list[str]:
+    """The columns with their group's heading before them."""
+    over = [heading for heading, count in table.groups for _ in range(count)] or [""] * len(table.columns)
+    return [f"{group}: {name}" if group else name for group, name in zip(over, table.columns, strict=True)]
+
+
+def shown(cell: Cell) -> str:
+    """A cell on one line: 78.5 ± 0.4 (2) [76.1, 80.8]; bounds have the decimals and the sign of the number."""
+    fraction = re.search(r"\.(\d+)", cell.text)
+    decimals = len(fraction[1]) if fraction else 0
+    sign = "+" if cell.text[:1] in ("+", "-") and cell.low is not None else ""
+    parts = [cell.text]
+    if cell.sd is not None:
+        parts.append(f"± {cell.sd:.{decimals}f}")
+    if cell.rank is not None:
+        parts.append(f"({cell.rank:.0f})")
+    if cell.low is not None and cell.high is not None:
+        parts.append(f"[{cell.low:{sign}.{decimals}f}, {cell.high:{sign}.{decimals}f}]")
+    return " ".join(parts)
+
+
+def number(value: float | None, decimals: int = 2, title: str = "", sign: str = "") -> Cell:
+    """A cell with a number, or a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return Cell(DASH, title=title)
+    return Cell(f"{value:{sign},.{decimals}f}".replace(",", "" if abs(value) < 10000 else ","), value, title=title)
+
+
+def interval(value: float, low: float | None, high: float | None, decimals: int = 1, title: str = "") -> Cell:
+    """A cell with a number and its interval, where that is known."""
+    known = low is not None and high is not None and math.isfinite(low) and math.isfinite(high)
+    return Cell(f"{value:.{decimals}f}", value, low if known else None, high if known else None, title=title)
+
+
+def _marked(cell: Cell) -> str:
+    text = plain_markdown(shown(cell))
+    return f"**{text}**" if cell.best and text else text
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def as_csv(table: Table) -> str:
+    """The table for programs: a column of numbers is followed by its low, high, sd and rank, where any row has them.
+
+    A column without numbers is its text.  Numbers are in full precision; an empty field is no number.
+    """
+    names: list[str] = []
+    columns: list[list[str]] = []
+    for place, name in enumerate(headings(table)):
+        cells = [row[place] for row in table.rows]
+        if all(cell.value is None for cell in cells):
+            names.append(name)
+            columns.append([_harmless(cell.text) for cell in cells])
+            continue
+        for part, suffix in (("value", ""), ("low", " low"), ("high", " high"), ("sd", " sd"), ("rank", " rank")):
+            values = [getattr(cell, part) for cell in cells]
+            if part == "value" or any(value is not None for value in values):
+                names.append(name + suffix)
+                columns.append(["" if value is None else repr(value) for value in values])
+        names.append(f"{name} source")
+        columns.append([_harmless(cell.title) for cell in cells])
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(zip(*columns, strict=True))
+    return out.getvalue()
+
+
+def _harmless(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text

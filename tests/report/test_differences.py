@@ -1,0 +1,107 @@
+"""Differences between methods: the numbers of tasks/paired.py, corrected over the whole table, with the seeds' spread."""
+
+from __future__ import annotations
+
+from statistics import stdev
+
+import pytest
+
+from bnfctl.artifact import Store
+from bnfctl.report.collect import Sources, collect
+from bnfctl.report.differences import against_base, between, shown_p
+from bnfctl.report.evidence import Evidence
+from bnfctl.report.measures import measures_of
+from bnfctl.report.table import Table
+from bnfctl.tasks import paired
+from tests.report.evals import arena, graded, publish
+from tests.report.page_world import publish_build, publish_train
+
+BASE = [float(n % 3 == 0) for n in range(60)]
+BNF = [[float(n % 2 == 0) for n in range(60)], [float(n % 2 == 0 or n % 9 == 0) for n in range(60)]]
+DPO = [float(n % 5 < 3) for n in range(60)]
+GAMES = {"base": "A>B", "bnf": "A=B", "dpo": "B>>A"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Table, Table]:
+    """Against the base, and between methods."""
+    return tables(sources(Store(tmp_path_factory.mktemp("differences"))))
+
+
+def sources(store: Store) -> Sources:
+    build = publish_build(store, records=30)
+    base = publish(store, [*graded("gsm8k", BASE), *judged("base"), *graded("lab-chat", BASE)])
+    found = [base]
+    for loss, seed, grades in (("bnf", 0, BNF[0]), ("bnf", 1, BNF[1]), ("dpo", 0, DPO)):
+        trained = publish_train(store, build, loss, seed, steps=1).pinned()
+        rows = [*graded("gsm8k", grades), *judged(loss), *graded("lab-chat", grades)]
+        found.append(publish(store, rows, trained, base=base))
+    return collect(found, store)
+
+
+def judged(loss: str) -> list[dict[str, object]]:
+    return arena([(GAMES[loss], "A=B" if n % 4 else "B>A") for n in range(24)], [80, 130, 100])
+
+
+def tables(found: Sources) -> tuple[Table, Table]:
+    methods = found.methods
+    measures, _ = measures_of(Evidence(found, draws=200), [run for method in methods for run in method.runs])
+    first, second = against_base("a", "a", methods, measures), between("b", "b", methods, measures)
+    assert first is not None and second is not None
+    return first, second
+
+
+def test_a_difference_is_the_paired_one_and_mcnemars_counts_are_right(made: tuple[Table, Table]) -> None:
+    first, _ = made
+    row = next(row for row in first.rows if [cell.text for cell in row[:2]] == ["GSM8K Acc (%)", "DPO - Base"])
+    expected = paired.difference([100 * x for x in DPO], [100 * x for x in BASE])
+    assert [row[2].value, row[2].low, row[2].high] == pytest.approx([expected.mean, expected.low, expected.high])
+    assert row[3].value == pytest.approx(expected.p) and row[5].value == pytest.approx(expected.detectable)
+    exact = paired.mcnemar(DPO, BASE)
+    assert row[6].text == f"{exact.first_only} : {exact.second_only}, p {shown_p(exact.p)}" and row[6].value == exact.p
+    graded_only = next(row for row in first.rows if row[0].text == "lab-chat Grade (%)")
+    assert graded_only[6].value is None
+
+
+def test_holm_counts_every_test_of_the_table(made: tuple[Table, Table]) -> None:
+    for table in made:
+        p_values = {str(n): row[3].value or 0.0 for n, row in enumerate(table.rows)}
+        assert [row[4].value for row in table.rows] == pytest.approx(list(paired.holm(p_values).values()))
+        assert f"all {len(table.rows)} tests" in table.caption
+        assert [row[4].best for row in table.rows] == [(row[4].value or 0) < 0.05 for row in table.rows]
+    first, second = made
+    assert len(first.rows) == 2 * len(second.rows)  # two methods against the base, one pair between them
+
+
+def test_seeds_widen_the_interval(made: tuple[Table, Table]) -> None:
+    first, _ = made
+    row = next(row for row in first.rows if [cell.text for cell in row[:2]] == ["GSM8K Acc (%)", "BNF - Base"])
+    mean = [100 * (a + b) / 2 for a, b in zip(*BNF, strict=True)]
+    items = paired.difference(mean, [100 * x for x in BASE])
+    spread = stdev(100 * sum(one) / 60 for one in BNF)
+    error = (((items.high - items.mean) / 1.959964) ** 2 + spread**2 / 2) ** 0.5
+    assert row[2].value == pytest.approx(items.mean)
+    assert row[2].high == pytest.approx(items.mean + 1.959964 * error, rel=1e-5)
+    assert spread > 0 and row[6].value is None
+
+
+def test_judged_figures_are_refitted_on_the_same_resamples(made: tuple[Table, Table]) -> None:
+    _, second = made
+    row = next(row for row in second.rows if row[0].text == "Arena-Hard WR (%)")
+    assert row[1].text == "DPO - BNF"
+    # dpo: 3 of 4 games at "B>>A" (three votes) and ties; bnf: ties and some slight losses, by hand
+    dpo = (18 * (3 + 0.5) + 6 * (3 + 0)) / (24 * 4)
+    bnf = (18 * (0.5 + 0.5) + 6 * (0.5 + 0)) / (24 * 2)
+    assert row[2].value == pytest.approx(100 * (dpo - bnf))
+    assert row[3].value is not None and row[3].value < 0.02 and (row[2].low or 0) > 0
+
+
+def test_without_a_base_or_a_second_method_there_is_no_table(store: Store) -> None:
+    alone = collect([publish(store, graded("gsm8k", BASE))], store)
+    measures, _ = measures_of(Evidence(alone), [run for method in alone.methods for run in method.runs])
+    assert against_base("a", "a", alone.methods, measures) is None
+    assert between("b", "b", alone.methods, measures) is None
+
+
+def test_p_values_have_an_end() -> None:
+    assert [shown_p(p) for p in (0.0, 0.00012, 0.034, 0.5, 1.0)] == ["< 0.0001", "0.00012", "0.034", "0.50", "1.00"]
