@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +32,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_MANY = "--responses"
+"""The flag that takes all files that follow it."""
 _TO_STDOUT = {"-h", "--help", "--show-completion", "--install-completion"}
 """What typer itself prints to stdout."""
 
@@ -220,6 +222,19 @@ def _root(
         raise typer.Exit  # only training is for many ranks: rank 0 does everything else
 
 
+def spelled_out(words: Sequence[str]) -> list[str]:
+    """The command line with a flag of its own for each file of `--responses *.json`, which a shell makes many words."""
+    found: list[str] = []
+    many = False
+    for word in words:
+        if word.startswith("-"):
+            many = word.partition("=")[0] == _MANY
+        elif many and found[-1] != _MANY and Path(word).is_file():
+            found.append(_MANY)
+        found.append(word)
+    return found
+
+
 def main() -> None:
     """Run the app; every error of ours becomes three lines and an exit code, never a traceback."""
     if "_BNFCTL_COMPLETE" in os.environ or len(sys.argv) == 1 or _TO_STDOUT & set(sys.argv):
@@ -227,7 +242,7 @@ def main() -> None:
     console.claim_stdout()
     console.catch_signals()
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(spelled_out(sys.argv[1:]), standalone_mode=False) or 0
     except BnfctlError as error:
         code = _fail(error)
     except OSError as error:

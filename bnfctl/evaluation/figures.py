@@ -13,7 +13,7 @@ from bnfctl.artifact import Artifact
 from bnfctl.data.records import Reward
 from bnfctl.errors import BnfctlError, UsageError
 from bnfctl.evaluation.inputs import AnyTask
-from bnfctl.evaluation.rows import rows_of
+from bnfctl.evaluation.rows import NO_ROOM, rows_of
 from bnfctl.tasks import Task, paired, statistics
 from bnfctl.tasks.judged_rows import from_row
 from bnfctl.tasks.judging import Fingerprint, JudgedTask, differing, plain
@@ -45,6 +45,8 @@ def figures(task: AnyTask, rows: Rows, base: Artifact | None, judges: Mapping[st
     for model, of_model in mine.items():
         result["models"][model] |= {
             "ungraded": sum(row["grade"] is None for row in of_model),
+            NO_ROOM: sum(row["finish_reason"] == NO_ROOM for row in of_model),
+            "cut": _mean([row["finish_reason"] == "length" if row["finish_reason"] else None for row in of_model]),
             "tokens": _mean([row["tokens"] for row in of_model]),
             "characters": _mean([len(row["response"]) if row["response"] else None for row in of_model]),
         }

@@ -36,9 +36,9 @@ def files_of(config: EvalConfig, inputs: Mapping[str, Pinned]) -> list[Path]:
 def graded(files: Sequence[Path], task: Task, limit: int | None) -> dict[str, list[tuple[Answered, Reward]]]:
     """The graded responses by model, each in its file's order; `limit` takes the first of each model.
 
-    UsageError for one model in two files.
+    Files may be parts of one model's responses; where two have the same items, see `_names`.
     """
-    found: dict[str, list[tuple[Answered, Reward]]] = {}
+    read: list[tuple[Path, str, list[tuple[Answered, Reward]]]] = []
     for path in files:
         if isinstance(task, ZeroEvalTask):
             mine = regrade(path, task)
@@ -46,10 +46,12 @@ def graded(files: Sequence[Path], task: Task, limit: int | None) -> dict[str, li
             mine = {}
             for one in read_responses(path, task):
                 mine.setdefault(one.model, []).append((one, task.grade(one.item, one.response)))
-        for model, rows in mine.items():
-            taken = {one.item.id for one, _ in found.get(model, ())}
-            model = _free(model, path, found, any(one.item.id in taken for one, _ in rows))
-            found[model] = [(dataclasses.replace(one, model=model), grade) for one, grade in rows[:limit]]
+        read += [(path, model, rows) for model, rows in mine.items()]
+    found: dict[str, list[tuple[Answered, Reward]]] = {}
+    names = _names([(path, model, {one.item.id for one, _ in rows}) for path, model, rows in read])
+    for name, (_, _, rows) in zip(names, read, strict=True):
+        named = [(dataclasses.replace(one, model=name), grade) for one, grade in rows]
+        found[name] = [*found.get(name, ()), *named][:limit]
     return found
 
 
@@ -71,10 +73,16 @@ def judged(files: Sequence[Path], task: JudgedTask, limit: int | None, judge: st
     found = Judgments()
     judgments = [path for path in files if _holds_judgments(path, task.name)]
     items = {item.id: item for item in task.requests(limit)} if limit or len(judgments) < len(files) else None
+    read: list[tuple[Path, str, list[Answered]]] = []
     for path in files:
         if path not in judgments:
+            mine: dict[str, list[Answered]] = {}
             for one in read_responses(path, task, items):
-                responses.setdefault(one.model, []).append(one)
+                mine.setdefault(one.model, []).append(one)
+            read += [(path, model, of_model) for model, of_model in mine.items()]
+    names = _names([(path, model, {one.item.id for one in of_model}) for path, model, of_model in read])
+    for name, (_, _, of_model) in zip(names, read, strict=True):
+        responses.setdefault(name, []).extend(dataclasses.replace(one, model=name) for one in of_model)
     for path in judgments:
         rows, who = _read_judgments(path, task, [one for mine in responses.values() for one in mine], judge)
         kept = [row for row in rows if items is None or row.answered.item.id in items]
@@ -105,18 +113,27 @@ def _read_judgments(
     )
 
 
-def _free(model: str, path: Path, known: Mapping[str, Any], again: bool) -> str:
-    """What a file's model is called: published files of several models may name the same one, so then as the file.
+def _names(read: Sequence[tuple[Path, str, set[str]]]) -> list[str]:
+    """What the models of files are called; read: (file, model that it names, items).
 
-    again: items that the first file has are in this one too; halves of one model's responses are no two models.
-    UsageError where there is no other name.
+    Published files of several models may name the same one: with the same items, each is called as its file.  Parts of
+    one model's responses keep its name.  UsageError where two have the same name and items even so.
     """
-    if model not in known:
-        return model
-    if again and path.stem not in known:
-        console.say(f"{path}: {model} is in another file too; this one's is called {path.stem}")
-        return path.stem
-    raise UsageError(f"{model} is in two files", where=str(path), hint="one file for each model")
+    names = [model for _, model, _ in read]
+    for model in dict.fromkeys(names):
+        mine = [number for number, one in enumerate(read) if one[1] == model]
+        if sum(len(read[number][2]) for number in mine) > len(set().union(*(read[number][2] for number in mine))):
+            for number in mine:
+                names[number] = read[number][0].stem
+            called = ", ".join(names[number] for number in mine)
+            console.say(f"{len(mine)} files have responses of {model} to the same items; called as the files: {called}")
+    known: dict[str, set[str]] = {}
+    for name, (path, _, items) in zip(names, read, strict=True):
+        if known.setdefault(name, set()) & items:
+            what = f"two responses of {name} to the same items"
+            raise UsageError(what, where=str(path), hint="each file once; files of two models need two names")
+        known[name] |= items
+    return names
 
 
 def _new(model: str, known: Mapping[str, Any], path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bnfctl import tasks
-from bnfctl.artifact import Pinned, Store
+from bnfctl.artifact import Artifact, Pinned, Store
 from bnfctl.config import ABOUT_SERVERS, EvalConfig
 from bnfctl.data.sources import pin_data
 from bnfctl.errors import UsageError
@@ -123,8 +123,15 @@ def make_tasks(config: EvalConfig, inputs: Mapping[str, Pinned]) -> dict[str, An
         given["unit"] = _unit(config, inputs)
         given["pinned"] = inputs.get(f"items-{name}")
         given |= {part: inputs.get(f"items-{name}-{part}") for part in getattr(load(TASKS, name, "task"), "more_sources", ())}  # fmt: skip
-        made[name] = tasks.make(name, {**given, "model": config.model or ""})
+        made[name] = tasks.make(name, {**given, "model": _origin(inputs["model"]) if "model" in inputs else ""})
     return made
+
+
+def _origin(pinned: Pinned) -> str:
+    """The name of the model that all training started from: an answer of its kind is read alike before and after."""
+    while pinned.kind == "artifact" and pinned.path is not None:
+        pinned = Pinned(**Artifact(Path(pinned.path)).manifest.inputs["model"])
+    return name_of(pinned)
 
 
 def _unit(config: EvalConfig, inputs: Mapping[str, Pinned]) -> LengthUnit:

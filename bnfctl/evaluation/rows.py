@@ -33,6 +33,10 @@ judge said, from which all of its row follows (`tasks.judged_rows`).
 """
 
 
+NO_ROOM = "no_room"
+"""The finish_reason where the prompt fills the model's context: the response is empty."""
+
+
 def text_of(extra: Mapping[str, Any]) -> str | None:
     """The text of the column: null where there is nothing to say."""
     return json.dumps(extra, sort_keys=True, ensure_ascii=False) if extra else None

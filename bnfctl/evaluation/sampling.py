@@ -18,7 +18,7 @@ from bnfctl.artifact import Draft, Pinned
 from bnfctl.config import EvalConfig
 from bnfctl.data.records import Candidate, Prompt
 from bnfctl.evaluation.inputs import SHIFTS, AnyTask, make_tasks
-from bnfctl.evaluation.rows import text_of
+from bnfctl.evaluation.rows import NO_ROOM, text_of
 from bnfctl.model.threads import cpu_threads
 from bnfctl.options import as_json, canonical, from_json
 
@@ -114,27 +114,33 @@ class Sampling:
         decoding = self._decoding(task)
         if self._sampler is None:  # the model is loaded once, for the decodings of all tasks
             self._sampler = samplers.make(self.config.sampler, self.folder, decoding)
-        pulled: dict[int, tuple[int, dict[str, Prompt]]] = {}
+        pulled: dict[int, int] = {}
 
         def chunks() -> Iterator[samplers.Chunk]:
             for unit in units:
-                chunk = samplers.check_prompts(self.folder, self.items.chunk(unit), decoding, "error", Counter())
-                by_id = {prompt.id: prompt for prompt in chunk}
                 index = self.items.units[unit][1]
-                pulled[index] = unit, by_id
-                yield index, list(by_id.values())
+                pulled[index] = unit
+                chunk = self.items.chunk(unit)
+                yield index, list(samplers.check_prompts(self.folder, chunk, decoding, "drop", Counter()))
 
         for index, candidates in self._sampler.sample(chunks(), decoding):
-            unit, by_id = pulled.pop(index)
-            yield unit, [_row(task, by_id[candidate.prompt_id], candidate) for candidate in candidates]
+            unit = pulled.pop(index)
+            found = {candidate.prompt_id: candidate for candidate in candidates}
+            chunk = self.items.chunk(unit)
+            yield unit, [_row(task, prompt, found.get(prompt.id) or _nothing(prompt)) for prompt in chunk]
 
     def _decoding(self, task: AnyTask) -> samplers.Decoding:
         config = self.config
         return samplers.Decoding(
             n=1, **dataclasses.asdict(task.decoding), seed=config.seed, chunk=config.chunk, dtype=config.dtype,
             gpu_memory=config.gpu_memory, trust_remote_code=config.trust_remote_code,
-            chat_template_kwargs=config.chat_template_kwargs, tensor_parallel=config.tensor_parallel,
+            chat_template_kwargs=config.chat_template_kwargs, tensor_parallel=config.tensor_parallel, long_prompts="drop",
         )  # fmt: skip
+
+
+def _nothing(prompt: Prompt) -> Candidate:
+    """The response to a prompt that fills the model's context: empty, as the model can say nothing to it."""
+    return Candidate(prompt.id, 0, "", [], NO_ROOM, prompt_ids=[])
 
 
 def _row(task: AnyTask, prompt: Prompt, candidate: Candidate) -> dict[str, Any]:
@@ -156,8 +162,8 @@ def _row(task: AnyTask, prompt: Prompt, candidate: Candidate) -> dict[str, Any]:
 
 
 def candidates_of(rows: Iterable[dict[str, Any]]) -> Iterator[Candidate]:
-    """The candidates of rows that kept their ids."""
-    for row in rows:
+    """The candidates of rows that kept their ids; there is nothing to measure where there was no room."""
+    for row in (row for row in rows if row["finish_reason"] != NO_ROOM):
         yield Candidate(
             prompt_id=row["item_id"], sample=0, text=row["response"], token_ids=row["token_ids"],
             prompt_ids=row["prompt_ids"], finish_reason=row["finish_reason"],

@@ -8,6 +8,7 @@ from typing import Any
 from bnfctl import console
 from bnfctl.artifact import Artifact
 from bnfctl.evaluation.inputs import SHIFTS
+from bnfctl.evaluation.rows import NO_ROOM
 
 _POINTS = ("wildbench", "wildbench-pairs")
 """Tasks whose figures are points of up to 100; others have shares of 1."""
@@ -79,28 +80,43 @@ def _more(found: list[tuple[str, str, Mapping[str, Any]]]) -> dict[str, list[str
     if any(r.get("lc_official") or r.get("lc_equal_length") for _, _, r in found):
         for heading, figure in (("LC official", "lc_official"), ("LC equal length", "lc_equal_length")):
             columns[heading] = [f"{r[figure]['estimate']['mean']:.4f}" if r.get(figure) else "" for _, _, r in found]
-    if any("adjusted" in r for _, _, r in found):
-        columns["score of 10"] = [f"{r['score']:.3f}" if "adjusted" in r else "" for _, _, r in found]
+    for heading, figure in (("score of 10", "score"), ("adjusted", "adjusted")):
+        if any("adjusted" in r for _, _, r in found):
+            columns[heading] = [f"{r[figure]:.3f}" if "adjusted" in r else "" for _, _, r in found]
     if any(r["tokens"] is not None for _, _, r in found):
         columns["tokens"] = [f"{r['tokens']:.1f}" if r["tokens"] is not None else "" for _, _, r in found]
-    columns["characters"] = [f"{r['characters']:.0f}" if r["characters"] is not None else "" for _, _, r in found]
+    columns["characters"] = [f"{r['characters']:.2f}" if r["characters"] is not None else "" for _, _, r in found]
     if any("no_answer" in r for _, _, r in found):
         columns["no answer"] = [f"{r['no_answer']:.2%}" if "no_answer" in r else "" for _, _, r in found]
         columns["reasoning"] = [
             f"{r['reasoning_characters']:.2f}" if r.get("reasoning_characters") else "" for _, _, r in found
         ]
+    for other in sorted({name for _, _, r in found for name in r if name.startswith("acc_")}):
+        columns[other.removeprefix("acc_")] = [_number(name, r.get(other)) for name, _, r in found]
     if any(r["ungraded"] for _, _, r in found):
         columns["ungraded"] = [str(r["ungraded"]) for _, _, r in found]
     return columns
 
 
 def _notes(task: Mapping[str, Any]) -> list[str]:
+    """What has to be known beside the figures."""
     judges = {r["judge"]["digest"]: r["judge"] for r in task["models"].values() if "judge" in r}
     lines = [
         f"judged by {one['served_model']} ({one['protocol']}; fingerprint {digest})" for digest, one in judges.items()
     ]
     lines += [f"warning: {line}" for line in task.get("warnings", ())]
-    lines += [f"no {name}: {why}" for name, why in task.get("why", {}).items()]
+    whys = task.get("why", {})
+    lines += [f"no {', '.join(n for n in whys if whys[n] == why)}: {why}" for why in dict.fromkeys(whys.values())]
+    lines += [
+        f"lc_equal_length of {model} is a bound: its verdicts follow from the lengths alone"
+        for model, r in task["models"].items()
+        if (r.get("lc_equal_length") or {}).get("separated")
+    ]
+    for model, found in task["models"].items():
+        if found[NO_ROOM]:
+            lines.append(f"{found[NO_ROOM]} prompts fill the context of {model}: its responses to them are empty")
+        if found["cut"]:
+            lines.append(f"{found['cut']:.1%} of the responses of {model} were cut at the most tokens")
     for one in task.get("comparisons", ()):
         points = f"{one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]"
         lines.append(
@@ -116,8 +132,10 @@ def _shifts(task: Mapping[str, Any]) -> str:
         "z2_mean": "absolute logit shift per token", "gini": "Gini coefficient of logit shifts",
     }  # fmt: skip
     rows = [
-        [label, found["n"], f"{found[name]['mean']:+.4f}", f"[{found[name]['low']:+.4f}, {found[name]['high']:+.4f}]"]
-        for found in task["models"].values() for name, label in labels.items()
+        [label, found["n"], f"{found[name]['mean']:{sign}.4f}", f"[{found[name]['low']:{sign}.4f}, {found[name]['high']:{sign}.4f}]"]
+        for found in task["models"].values()
+        for name, label in labels.items()
+        for sign in ["+" if name.startswith("ll") else ""]
     ]  # fmt: skip
     title = f"{', '.join(task['models'])} against {task['reference']}, on responses of the {task['responses']}"
     return console.table(title, ["shift", "n", "mean", "95 %"], rows, right=range(1, 4))
@@ -133,4 +151,5 @@ def _estimate(task: str, found: Mapping[str, Any], mean: str, low: str, high: st
 def _number(task: str, value: float | None, sign: str = "") -> str:
     if value is None:
         return ""
-    return f"{value:{sign}.2f}" if task in _POINTS else f"{value:{sign}.4f}"
+    # A share is rounded as the percentage that others publish: 0.36625 is 36.62 %, though 0.3663 with four decimals.
+    return f"{value:{sign}.2f}" if task in _POINTS else f"{float(f'{value * 100:.2f}') / 100:{sign}.4f}"

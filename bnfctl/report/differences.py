@@ -21,12 +21,12 @@ from bnfctl.report.table import DASH, Cell, Table
 from bnfctl.tasks.paired import Difference, McNemar, bootstrapped, difference, holm, mcnemar
 from bnfctl.tasks.statistics import Z95, Array, Bootstrap, detectable_difference
 
-COLUMNS = ("Benchmark", "Methods", "Difference", "p", "p (Holm)", "Detectable", "McNemar")
+COLUMNS = ("Benchmark", "Methods", "Difference", "p", "p (Holm)", "Detectable", "Right alone", "p (McNemar)")
 CAPTION = (
     "First minus second on the same items, in the units of the main table, with its 95 % interval. p is two-sided; Holm's p "
     "accounts for all {tests} tests of this table: below 0.05 it holds for all of them together. Detectable: the smallest true "
-    "difference that would be found with 80 % power here. McNemar: of the items that one method alone got right, the "
-    "first's : the second's, and the exact p (one seed each only)."
+    "difference that would be found with 80 % power here. Right alone: items that one "
+    "method alone got right, the first's : the second's, and McNemar's exact p (one seed each only)."
 )
 
 
@@ -117,16 +117,15 @@ def _row(test: Compared, adjusted: float) -> tuple[Cell, ...]:
     found, decimals = test.found, test.measure.decimals + 1
     refs = [run.ref for method in (test.first, test.second) for run in method.runs]
     title = f"{found.n} items; " + "; ".join(test.measure.sources[ref] for ref in refs if ref in test.measure.sources)
-    counts = test.counts
-    exact = Cell(DASH, title="for right and wrong, and one seed each")
-    if counts is not None:
-        split = f"{counts.first_only} : {counts.second_only}, p {shown_p(counts.p)}"
-        exact = Cell(split, counts.p, title=title)
+    alone = exact = Cell(DASH, title="for right and wrong, and one seed each")
+    if test.counts is not None:
+        alone = Cell(f"{test.counts.first_only} : {test.counts.second_only}", title=title)
+        exact = Cell(shown_p(test.counts.p), test.counts.p, title=title)
     return (
         Cell(test.measure.full_name), Cell(f"{test.first.label} - {test.second.label}"),
         Cell(f"{found.mean:+.{decimals}f}", found.mean, found.low, found.high, title=title), Cell(shown_p(found.p), found.p, title=title),
         Cell(shown_p(adjusted), adjusted, title=title, best=adjusted < 0.05),
-        Cell(f"{found.detectable:.{decimals}f}", found.detectable, title=title), exact,
+        Cell(f"{found.detectable:.{decimals}f}", found.detectable, title=title), alone, exact,
     )  # fmt: skip
 
 

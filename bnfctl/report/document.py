@@ -89,7 +89,7 @@ def _ratios(name: str, of: str, methods: list[Method], family: list[Method], evi
 def _named(base: str, sources: Sources) -> tuple[str, str]:
     """(end of the tables' ids, of their titles): none where there is one base only."""
     if len(sources.bases) == 1:
-        return "", f": {base}" if base else ""
+        return "", ""
     slugs = [re.sub(r"[^a-z0-9]+", "-", one.lower()).strip("-") or "others" for one in sources.bases]
     number = sources.bases.index(base)
     slug = slugs[number] if slugs.count(slugs[number]) == 1 else f"{slugs[number]}-{number + 1}"

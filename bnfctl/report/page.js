@@ -107,7 +107,10 @@
     );
     const line = about.filter(Boolean).join(" · ");
     if (line) box.append(make("p", "role", line));
-    if (one.judge) box.append(folded("Judge", ...one.judge.map((text) => said(text, [], "Answer of the judge"))));
+    if (one.judge) {
+      const parts = one.judge.flatMap(([part, ...text]) => [make("p", "role", part), said(text, [], `Judge, ${part}`)]);
+      box.append(folded("Judge", ...parts));
+    }
     if (one.extra) box.append(folded("Grading", said(one.extra, [], "What the grader says")));
     return box;
   };

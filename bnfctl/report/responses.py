@@ -12,6 +12,7 @@ from typing import Any
 
 from bnfctl.report.collect import Run, Sources
 from bnfctl.report.figures_svg import by_base
+from bnfctl.tasks.judging import text_of
 
 ITEMS = 100
 """Of a task at most."""
@@ -33,9 +34,9 @@ class _Model:
 def side_by_side(sources: Sources, items: int = ITEMS, characters: int = CHARACTERS) -> dict[str, Any]:
     """{"models": [{"label", "index"}], "tasks": [{"name", "total", "items": [...]}]}, JSON-ready.
 
-    An item: {"id", "prompt": [[role, text]], "responses": [{"model", "text", "grade", "tokens", "finish", "judge",
-    "extra"}]}, responses in the order of the models, which they name by number; a cut text is [text, characters left
-    out].  Raises BnfctlError for a corrupted artifact.
+    An item: {"id", "prompt": [[role, text]], "responses": [{"model", "text": [text], "grade", "tokens", "finish",
+    "judge": [[part, text]], "extra": [text]}]}, responses in the order of the models, which they name by number; behind
+    a text that was cut is how many characters were left out.  Raises BnfctlError for a corrupted artifact.
     """
     models = list(_models(sources))
     grades: dict[str, dict[str, dict[int, float | None]]] = {}
@@ -102,8 +103,8 @@ def _texts(models: Sequence[_Model], chosen: dict[str, list[str]]) -> dict[tuple
 def _response(number: int, row: dict[str, Any]) -> dict[str, Any]:
     made = {
         "model": number, "text": _cut(row["response"] or ""), "grade": row["grade"], "tokens": row["tokens"],
-        "finish": row["finish_reason"], "judge": [_cut(text) for text in _strings(row["answers"])],
-        "extra": _cut(_pretty(row["extra"])) if row["extra"] else None,
+        "finish": row["finish_reason"], "judge": [[part, *_cut(text)] for part, text in _judge(row["answers"])],
+        "extra": _cut(json.dumps(json.loads(row["extra"]), ensure_ascii=False, indent=1)) if row["extra"] else None,
     }  # fmt: skip
     return {name: value for name, value in made.items() if value not in (None, [])}
 
@@ -112,12 +113,15 @@ def _cut(text: str) -> list[Any]:
     return [text] if len(text) <= LONGEST else [text[:LONGEST], len(text) - LONGEST]
 
 
-def _strings(document: str | None) -> list[str]:
-    """The judge's raw answers, however a task nests them."""
-    return [] if document is None else list(_flat(_parsed(document)))
+def _judge(document: str | None) -> Iterator[tuple[str, str]]:
+    """(part of the judging, the judge's answer) of the column `answers` (`tasks.judging.Answers` as JSON)."""
+    for part, answers in (json.loads(document) if document else {}).items():
+        for answer in answers:
+            yield part, f"refused: {answer['refused']}" if "refused" in answer else text_of(answer)
 
 
 def _flat(value: Any) -> Iterator[str]:
+    """Every text in a document."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (list, dict)):
@@ -125,22 +129,10 @@ def _flat(value: Any) -> Iterator[str]:
             yield from _flat(part)
 
 
-def _pretty(document: str) -> str:
-    value = _parsed(document)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=1)
-
-
-def _parsed(document: str) -> Any:
-    try:
-        return json.loads(document)
-    except ValueError:
-        return document
-
-
 def _within(room: int, items: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """As many items as fit in `room` characters, the first one in any case."""
     for place, item in enumerate(items):
-        room -= sum(len(str(part)) for part in _flat(item))
+        room -= sum(map(len, _flat(item)))
         if room < 0 and place:
             return
         yield item

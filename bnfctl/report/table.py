@@ -101,12 +101,6 @@ def number(value: float | None, decimals: int = 2, title: str = "", sign: str = 
     return Cell(f"{value:{sign},.{decimals}f}".replace(",", "" if abs(value) < 10000 else ","), value, title=title)
 
 
-def interval(value: float, low: float | None, high: float | None, decimals: int = 1, title: str = "") -> Cell:
-    """A cell with a number and its interval, where that is known."""
-    known = low is not None and high is not None and math.isfinite(low) and math.isfinite(high)
-    return Cell(f"{value:.{decimals}f}", value, low if known else None, high if known else None, title=title)
-
-
 def _marked(cell: Cell) -> str:
     text = plain_markdown(shown(cell))
     return f"**{text}**" if cell.best and text else text

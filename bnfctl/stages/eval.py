@@ -147,7 +147,7 @@ def _graded(config: EvalConfig, draft: Draft, task: AnyTask) -> Iterator[dict[st
         for answered, grade in found:
             yield {
                 "task": task.name, "model": model, "item_id": answered.item.id, "prompt": list(answered.item.messages),
-                "response": answered.response, "tokens": None, "grade": grade.value, "extra": text_of(grade.extra),
+                "response": answered.response, "tokens": None, "finish_reason": None, "grade": grade.value, "extra": text_of(grade.extra),
             }  # fmt: skip
 
 

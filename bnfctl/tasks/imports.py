@@ -36,7 +36,10 @@ class Answered:
 
 def rows_in(path: Path, task: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """("where", row) of a file, or of the Parquet files of a folder; rows that name another task are passed over."""
-    for file in sorted(path.glob("*.parquet")) if path.is_dir() else [path]:
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise UsageError("a folder without Parquet files", where=str(path), hint=f"its files by name: {path}/*.json")
+    for file in files:
         for where, row in read_file(file):
             if row.get("task") not in TASKS or row["task"] == task:
                 yield where, row
@@ -110,11 +113,11 @@ def responses_in(row: dict[str, Any], where: str) -> list[tuple[str, str]]:
     model = next((row[name] for name in ("generator", "model") if isinstance(row.get(name), str)), "")
     if isinstance(value, str):
         return [(model, value)]
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
-        return [(model, value[0])]
+    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        return [(model, value[0])]  # of several samples the first one counts, as in ZeroEval and WildBench
     if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
         found = [(one.get("model"), one.get("text")) for one in value]
         if all(isinstance(who, str) and isinstance(text, str) for who, text in found):
             return [(str(who), str(text)) for who, text in found]
-    hint = 'a text in "response", one text in a list in "output", or "responses": [{"model": ..., "text": ...}]'
+    hint = 'a text in "response", a list of texts in "output", or "responses": [{"model": ..., "text": ...}]'
     raise UsageError("no response", where=where, hint=hint)

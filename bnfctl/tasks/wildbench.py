@@ -184,6 +184,8 @@ class WildBenchItems:
             self.instructions = load_layout(judge_prompt, self.places)
             self.version += f", prompt {hashlib.sha256(self.instructions.encode()).hexdigest()[:12]}"
         self._items: dict[str, Item] = {}
+        self._absent = False
+        """The items were looked for in vain."""
 
     @property
     def items(self) -> Mapping[str, Item]:
@@ -287,7 +289,7 @@ class WildBench(WildBenchItems):
         for where, row in read_file(path):
             session = row.get("session_id")
             output = row.get("model_output")
-            output = output[0] if isinstance(output, list) and len(output) == 1 else output
+            output = output[0] if isinstance(output, list) and output else output
             parsed = row.get("parsed_result")
             value = row.get("score", parsed.get("score") if isinstance(parsed, dict) else None)
             if session is None or not isinstance(output, str):
@@ -307,11 +309,14 @@ class WildBench(WildBenchItems):
         return found
 
     def _tags_or_none(self) -> dict[str, tuple[str, ...]] | None:
+        if self._absent:
+            return None
         try:
             return {item.prompt.id: item.tags for item in self.items.values()}
         except UsageError as error:
             if self.data_dir is not None or self.pinned is not None:
                 raise
+            self._absent = True
             console.say(f"{self.name}: no figures of groups, since the items are not here ({error.what})")
             return None
 

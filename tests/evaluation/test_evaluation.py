@@ -199,6 +199,22 @@ def test_the_model_and_files_make_one_pool(store: Store, items: Path, answers: P
     assert {row["item_id"] for row in made.rows(["item_id"])} == {"q0", "q1"}
 
 
+def test_a_prompt_that_fills_the_context_has_an_empty_response(store: Store, tmp_path: Path, brief: Path) -> None:
+    rows = [{**GSM[0], "id": "long", "question": "why? " * 400}, {**GSM[0], "id": "short"}]
+    template = tmp_path / "prompt.txt"
+    template.write_text("{question}")
+    config = EvalConfig(
+        tasks=("gsm8k",), model=str(brief), sampler="hf", template=str(template), chunk=1,
+        data_dir=str(write(tmp_path / "items" / "gsm8k.jsonl", rows).parent),
+    )  # fmt: skip
+    made = run(config, store)
+    long, short = made.rows()
+    assert (long["response"], long["tokens"], long["finish_reason"], long["grade"]) == ("", 0, "no_room", 0)
+    assert short["tokens"] > 0
+    assert of(made, "gsm8k", "brief")["no_room"] == 1 and of(made, "gsm8k", "brief")["n"] == 2
+    assert "1 prompts fill the context of brief" in eval_stage.table_of(made)
+
+
 @pytest.mark.parametrize(
     ("changes", "where", "what"),
     [

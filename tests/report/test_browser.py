@@ -31,6 +31,7 @@ FIGURES = {
     "training-margin", "training-coefficient", "build-0",
 }  # fmt: skip
 ITEMS = 30
+ANSWERS = {"game1": [{"choices": [{"text": HOSTILE, "finish": "stop"}]}]}
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +63,7 @@ def two_methods(folder: Path) -> tuple[Store, list[Artifact]]:
     for number, (loss, seed, model) in enumerate([("", 0, BASE), *policies]):
         rows = [
             eval_row(task, model.ref, item, HOSTILE if (task, item) == ("gsm8k", 3) else f"It is {item} plus{number}.",
-                     float((item + number) % 3 == 0), answers=json.dumps([HOSTILE]) if item == 3 else None)
+                     float((item + number) % 3 == 0), answers=json.dumps(ANSWERS) if item == 3 else None)
             for task in ("gsm8k", "crux") for item in range(ITEMS)
         ]  # fmt: skip
         made.append(publish_eval(store, model, rows, shift_rows(loss, seed, 20) if loss else (), seed))

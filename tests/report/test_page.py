@@ -78,7 +78,7 @@ def rows_of(task: str, grades: Sequence[float | None], response: str = "fine") -
 def hostile(store: Store) -> Document:
     """A document in which everything that somebody else may write is hostile."""
     rows = [eval_row(HOSTILE, BASE.ref, 0, HOSTILE, 1.0, extra=json.dumps({HOSTILE: HOSTILE}),
-                     answers=json.dumps([{"text": HOSTILE}, None, 3]), finish_reason=HOSTILE)]  # fmt: skip
+                     answers=json.dumps({"game1": [{"choices": [{"text": HOSTILE, "finish": "stop"}]}, {"refused": "no"}]}), finish_reason=HOSTILE)]  # fmt: skip
     rows[0]["prompt"] = [{"role": HOSTILE, "content": HOSTILE}]
     cell = Cell(HOSTILE, 1.0, 0.5, 1.5, 1, HOSTILE)
     table = Table("t", HOSTILE, HOSTILE, (HOSTILE, HOSTILE), ((cell, cell),), (HOSTILE,), ((HOSTILE, 2),))
@@ -89,6 +89,7 @@ def hostile(store: Store) -> Document:
     return Document(f"{HOSTILE} {{{{data}}}}", sources_of(store, rows), (table,), (HOSTILE,), (entry,))
 
 
+JUDGE = [["game1", HOSTILE], ["game1", "refused: no"]]
 FIGURE = Figure("f", HOSTILE, HOSTILE, HOSTILE, '<svg role="img"></svg>', "shifts", ((HOSTILE, "n"), ("1", HOSTILE)))
 
 
@@ -126,7 +127,7 @@ def test_embedded_json_is_the_data_and_cannot_end_its_element(hostile: Document)
     (item,) = data["tasks"][0]["items"]
     assert item["prompt"] == [[HOSTILE, HOSTILE]]
     (response,) = item["responses"]
-    assert (response["text"], response["judge"], response["finish"]) == ([HOSTILE], [[HOSTILE]], HOSTILE)
+    assert (response["text"], response["judge"], response["finish"]) == ([HOSTILE], JUDGE, HOSTILE)
     assert json.loads(response["extra"][0]) == {HOSTILE: HOSTILE}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from bnfctl.report.table import Cell, Table, as_csv, as_markdown, interval, number, shown
+from bnfctl.report.table import Cell, Table, as_csv, as_markdown, number, shown
 
 TABLE = Table(
     "t", "A <b>title</b>", "Caption | with * marks.", ("Method", "Score", "Why"),
@@ -53,4 +53,3 @@ def test_what_is_no_number_is_a_dash() -> None:
     assert (
         number(11160, 0).text == "11,160" and number(8607, 0).text == "8607" and number(2.5, 1, sign="+").text == "+2.5"
     )
-    assert interval(1.0, None, None).low is None and interval(1.0, 0.5, float("nan")).high is None
