@@ -19,21 +19,15 @@ from bnfctl.config import EvalConfig
 from bnfctl.data.records import Candidate, Prompt
 from bnfctl.evaluation.inputs import SHIFTS, AnyTask, make_tasks
 from bnfctl.evaluation.rows import NO_ROOM, text_of
+from bnfctl.evaluation.rows import SCHEMA as ROWS
 from bnfctl.model.threads import cpu_threads
 from bnfctl.options import as_json, canonical, from_json
 
 SCHEMA = pa.schema(
     [
-        ("task", pa.string()),
-        ("item_id", pa.string()),
-        ("prompt", shards.MESSAGES),
-        ("response", pa.string()),
-        ("tokens", pa.int32()),
-        ("finish_reason", pa.string()),
-        ("grade", pa.float64()),
-        ("extra", pa.string()),
-        ("prompt_ids", shards.IDS),
-        ("token_ids", shards.IDS),
+        *(field for field in ROWS if field.name not in ("model", "answers")),
+        pa.field("prompt_ids", shards.IDS),
+        pa.field("token_ids", shards.IDS),
     ]
 )
 """One row per item; ids only for the task whose tokens are looked at again."""

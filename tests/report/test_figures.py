@@ -20,7 +20,7 @@ import pytest
 
 from bnfctl.artifact import Artifact, Store
 from bnfctl.errors import BnfctlError
-from bnfctl.report import figures_shifts, figures_svg, figures_training
+from bnfctl.report import figures_builds, figures_shifts, figures_svg, figures_training
 from bnfctl.report.collect import Sources, collect
 from bnfctl.report.figures import Figure, figures
 from bnfctl.report.figures_svg import SERIES, panel, series, short
@@ -165,6 +165,17 @@ def test_histograms_count_every_response(drawn: dict[str, Figure], sources: Sour
     assert "This build has no rewards" in drawn[bare].caption
 
 
+def test_rewards_of_a_few_values_have_a_bar_each_and_lengths_have_a_scale() -> None:
+    values = {"chosen": np.array([1.0, 0.5, 1.0]), "rejected": np.array([0.0])}
+    bars = figures_builds._histogram(values)
+    assert bars is not None and bars["bins"] == [[0, 0], [0.5, 0.5], [1, 1]]
+    assert bars["counts"] == {"chosen": [0, 1, 2], "rejected": [1, 0, 0]}
+    scale = figures_builds._histogram(values, few=1)
+    assert scale is not None and len(scale["bins"]) == figures_builds.BINS
+    assert {side: sum(counts) for side, counts in scale["counts"].items()} == {"chosen": 3, "rejected": 1}
+    assert figures_builds._histogram({"pairs": np.zeros(0)}) is None
+
+
 def test_the_markup_is_sound_and_has_no_style_colour_or_shared_id(drawn: dict[str, Figure]) -> None:
     ids: Counter[str] = Counter()
     for figure in drawn.values():
@@ -207,7 +218,8 @@ def test_broken_metrics_are_named(tmp_path: Path) -> None:
     assert caught.value.where == str(path) and "bnfctl verify" in str(caught.value.hint)
 
 
-def test_two_bases_have_figures_of_their_own(sources: Sources) -> None:
+def test_two_bases_have_figures_of_their_own(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures_shifts, "panel", lambda *_, **__: "<svg/>")  # only what is said is of interest
     one, other = sources.methods
     apart = replace(sources, methods=(replace(one, base="first"), replace(other, base="second")))
     found = [figure for figure in figures_shifts.figures(apart) if figure.id.startswith("figure-3a")]
