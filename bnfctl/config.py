@@ -19,7 +19,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SAMPLERS = ("auto", *SAMPLERS)
 ABOUT_SERVERS = ("server", "served_model", "concurrency", "timeout", "retries", "api_key_env")
 """The fields of generate and score that only a client of servers has a use for."""
-_SERVED_JUDGE = "Name of the judge on the servers. Default: the only model they have."
+_SERVED_JUDGE = "Name of the judge on the servers, one name for one model. Default: the only one they have."
 _TEMPLATE = "Argument of the chat template, name=value, e.g. enable_thinking=false; may be repeated."
 
 
@@ -313,7 +313,7 @@ class EvalConfig:
         None, help="Hub id, folder, train artifact or lab; not needed with --responses.", input="model", positional=True
     )
     responses: tuple[str, ...] = opt(
-        (), input="data",
+        (), input="eval",
         help="File with responses or judgments made elsewhere, or an eval artifact; several make a table. One task.",
     )  # fmt: skip
     base: str | None = opt(None, help="Eval artifact of the base model: adds paired differences.", input="eval")

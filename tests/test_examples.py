@@ -77,6 +77,17 @@ def test_feedback(environment: dict[str, str], tmp_path: Path) -> None:
     assert thumbs == {True, False}
 
 
+def test_compare_methods(environment: dict[str, str], tmp_path: Path) -> None:
+    arguments = ("lab", "lab:chat", "6", "comparison", "bnf dpo", "0")
+    done = run_script("compare_methods.sh", *arguments, environment=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "comparison/index.html"
+    page = (tmp_path / "comparison" / "index.html").read_text()
+    assert all(word in page for word in ("BNF", "DPO", "3a. ", "3f. ", "Responses side by side"))
+    found = (tmp_path / "comparison" / "tables" / "main.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in found[1:]] == ["Base", "DPO", "BNF"]
+
+
 def test_end_to_end_stops_where_a_command_fails(environment: dict[str, str], tmp_path: Path) -> None:
     done = run_script("end_to_end.sh", "nowhere", environment=environment, cwd=tmp_path)
     assert done.returncode == 2

@@ -34,10 +34,10 @@ def figures(task: AnyTask, rows: Rows, base: Artifact | None, judges: Mapping[st
     mine = _by_model(rows)
     for model, of_model in mine.items():
         if all(row["grade"] is None for row in of_model):
-            why = next((row["extra"] for row in of_model if row["extra"]), None)
-            hint = (
-                "a larger --limit, or items with known answers" if why is None else f"the first row says: {why[:200]}"
-            )
+            extra = next((json.loads(row["extra"]) for row in of_model if row["extra"]), None)
+            hint = "a larger --limit, or items with known answers"
+            if extra is not None:
+                hint = f"the first row says: {json.dumps(extra.get('nulls') or extra, ensure_ascii=False)[:200]}"
             raise BnfctlError(
                 f"{task.name}: no item of {model} could be graded", where=f"--tasks {task.name}", hint=hint
             )

@@ -13,13 +13,15 @@ from typing import Any
 from bnfctl.artifact import Artifact
 from bnfctl.config import EvalConfig
 from bnfctl.errors import GateError, UsageError, nearest
+from bnfctl.evaluation.inputs import SHIFTS
+from bnfctl.evaluation.shown import POINTS
 
 GROUPS = {
     "reasoning": ("gsm8k", "math-l5", "crux", "mmlu-redux", "lab-reasoning", "lab-math"),
     "chat": ("lab-chat",),
     "qa": ("arena-hard", "wildbench", "wildbench-pairs"),
 }
-"""A name for several tasks: its figure is the mean over those that were evaluated."""
+"""A name for several tasks: its figure is the mean over those that were evaluated, points as hundredths of a share."""
 _FIGURES = {
     "mean": ("mean", 1), "low": ("low", 1), "high": ("high", 1), "gain": ("gain", 1), "gain_low": ("gain_low", 1),
     "gain_high": ("gain_high", 1), "drop": ("gain", -1), "drop_low": ("gain_high", -1), "drop_high": ("gain_low", -1),
@@ -54,8 +56,11 @@ def parse(text: str, config: EvalConfig) -> Gate:
             hint=f"figures: {', '.join(_FIGURES)}",
         )
     tasks = (subject,) if subject in config.tasks else tuple(t for t in config.tasks if t in GROUPS.get(subject, ()))
-    if not tasks:
-        known = [*config.tasks, *(name for name, members in GROUPS.items() if set(members) & set(config.tasks))]
+    if not tasks or subject == SHIFTS:
+        known = [
+            *(task for task in config.tasks if task != SHIFTS),
+            *(name for name, members in GROUPS.items() if set(members) & set(config.tasks)),
+        ]
         raise UsageError(
             f"no task '{subject}' here{nearest(subject, known)}", where="--require", hint=f"tasks: {', '.join(known)}"
         )
@@ -88,4 +93,6 @@ def check(config: EvalConfig, artifact: Artifact) -> None:
 
 def _value(gate: Gate, tasks: Mapping[str, Any], model: str) -> float:
     name, sign = _FIGURES[gate.figure]
-    return sign * fmean(tasks[task]["models"][model][name] for task in gate.tasks)
+    points = [task in POINTS and gate.subject in GROUPS for task in gate.tasks]
+    values = [tasks[task]["models"][model][name] for task in gate.tasks]
+    return sign * fmean(value / 100 if scaled else value for value, scaled in zip(values, points, strict=True))

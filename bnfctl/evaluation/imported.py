@@ -33,6 +33,12 @@ def files_of(config: EvalConfig, inputs: Mapping[str, Pinned]) -> list[Path]:
     return [Path(str(one.path)) / "rows" if one.kind == "artifact" else Path(str(one.path)) for one in pinned]
 
 
+def file_names(config: EvalConfig, inputs: Mapping[str, Pinned]) -> dict[str, str]:
+    """What files are called, for the key: models are called so whose rows name none, and parsing may go by the name."""
+    names = {name: inputs[name] for name in (f"responses-{number}" for number in range(len(config.responses)))}
+    return {f"name of {name}": Path(one.ref).stem for name, one in names.items() if one.kind != "artifact"}
+
+
 def graded(files: Sequence[Path], task: Task, limit: int | None) -> dict[str, list[tuple[Answered, Reward]]]:
     """The graded responses by model, each in its file's order; `limit` takes the first of each model.
 

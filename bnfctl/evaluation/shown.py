@@ -10,10 +10,12 @@ from bnfctl.artifact import Artifact
 from bnfctl.evaluation.inputs import SHIFTS
 from bnfctl.evaluation.rows import NO_ROOM
 
-_POINTS = ("wildbench", "wildbench-pairs")
+POINTS = ("wildbench", "wildbench-pairs")
 """Tasks whose figures are points of up to 100; others have shares of 1."""
 
 
+_MANY = 4
+"""Models of which the headline does not give each one's figure."""
 _OLDER = "evaluated by an older bnfctl: run it again to read its figures"
 
 
@@ -24,7 +26,12 @@ def headline_of(artifact: Artifact) -> str:
     summary = artifact.manifest.summary
     parts = []
     for name, task in summary["tasks"].items():
-        for model in summary["models"] if name != SHIFTS else ():
+        models = summary["models"] if name != SHIFTS else ()
+        if len(models) > _MANY:
+            means = [task["models"][model]["mean"] for model in models]
+            parts.append(f"{name} of {len(models)} models {_number(name, min(means))} to {_number(name, max(means))}")
+            continue
+        for model in models:
             found = task["models"][model]
             gain = _estimate(name, found, "gain", "gain_low", "gain_high", "+") if "gain" in found else []
             whose = [model] if len(summary["models"]) > 1 else []
@@ -108,15 +115,22 @@ def _notes(task: Mapping[str, Any]) -> list[str]:
     whys = task.get("why", {})
     lines += [f"no {', '.join(n for n in whys if whys[n] == why)}: {why}" for why in dict.fromkeys(whys.values())]
     lines += [
-        f"lc_equal_length of {model} is a bound: its verdicts follow from the lengths alone"
+        f"gain of {model}: on the {r['paired']} of {r['n']} items that the base has too"
+        for model, r in task["models"].items()
+        if r.get("paired", r.get("n")) != r.get("n")
+    ]
+    lines += [
+        f"lc_equal_length of {model} says little: the lengths alone tell its wins from its losses"
         for model, r in task["models"].items()
         if (r.get("lc_equal_length") or {}).get("separated")
     ]
     for model, found in task["models"].items():
-        if found[NO_ROOM]:
+        if found.get(NO_ROOM):
             lines.append(f"{found[NO_ROOM]} prompts fill the context of {model}: its responses to them are empty")
-        if found["cut"]:
+        if found.get("cut"):
             lines.append(f"{found['cut']:.1%} of the responses of {model} were cut at the most tokens")
+    if len(task["models"]) > 1 and "comparisons" not in task:
+        lines.append("too many models to compare two by two: evaluate two of them together, or one with --base")
     for one in task.get("comparisons", ()):
         points = f"{one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]"
         lines.append(
@@ -152,4 +166,4 @@ def _number(task: str, value: float | None, sign: str = "") -> str:
     if value is None:
         return ""
     # A share is rounded as the percentage that others publish: 0.36625 is 36.62 %, though 0.3663 with four decimals.
-    return f"{value:{sign}.2f}" if task in _POINTS else f"{float(f'{value * 100:.2f}') / 100:{sign}.4f}"
+    return f"{value:{sign}.2f}" if task in POINTS else f"{float(f'{value * 100:.2f}') / 100:{sign}.4f}"

@@ -1,7 +1,7 @@
 """Differences between methods on the same items: never read off two separate intervals.
 
 Grades: the mean paired difference of the items.  Judged figures: both refitted on the same resamples of prompts.  Several
-seeds: the grades are averaged over them first, and their spread widens the interval.
+seeds: the figures are averaged over them first, and their spread widens the interval.
 """
 
 from __future__ import annotations
@@ -10,23 +10,27 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 
 import numpy as np
 
+from bnfctl.evaluation.figures import MOST
 from bnfctl.report.collect import Method
 from bnfctl.report.measures import Measure
 from bnfctl.report.standing import figure_of
-from bnfctl.report.table import DASH, Cell, Table
-from bnfctl.tasks.paired import Difference, McNemar, bootstrapped, difference, holm, mcnemar
+from bnfctl.report.table import DASH, Cell, Table, finite, number
+from bnfctl.tasks.paired import Difference, McNemar, bootstrapped, difference, holm, mcnemar, p_of
 from bnfctl.tasks.statistics import Z95, Array, Bootstrap, detectable_difference
 
 COLUMNS = ("Benchmark", "Methods", "Difference", "p", "p (Holm)", "Detectable", "Right alone", "p (McNemar)")
 CAPTION = (
     "First minus second on the same items, in the units of the main table, with its 95 % interval. p is two-sided; Holm's p "
-    "accounts for all {tests} tests of this table: below 0.05 it holds for all of them together. Detectable: the smallest true "
+    "accounts for {tests} in this table: below 0.05 (bold) it holds for all of them together. Detectable: the smallest true "
     "difference that would be found with 80 % power here. Right alone: items that one "
     "method alone got right, the first's : the second's, and McNemar's exact p (one seed each only)."
+)
+SEEDS = (
+    " Several training seeds: means over them, and their spread is in the interval and in p as if it were known exactly, "
+    "which two or three seeds do not give: read these p as too small. Of a method with one seed the spread is not known, and not in it."
 )
 
 
@@ -49,17 +53,20 @@ def against_base(name: str, title: str, methods: Sequence[Method], measures: Seq
 
 
 def between(name: str, title: str, methods: Sequence[Method], measures: Sequence[Measure]) -> Table | None:
-    """Every pair of methods; None where there is nothing to compare."""
-    return _table(name, title, list(itertools.combinations([one for one in methods if not one.is_base], 2)), measures)
+    """Every pair of methods; None where there is nothing to compare, and for more than MOST methods."""
+    others = [one for one in methods if not one.is_base]
+    return _table(name, title, list(itertools.combinations(others, 2)), measures) if len(others) <= MOST else None
 
 
 def _table(name: str, title: str, pairs: Sequence[tuple[Method, Method]], measures: Sequence[Measure]) -> Table | None:
     tests = [test for measure in measures for pair in pairs if (test := compared(measure, *pair)) is not None]
     if not tests:
         return None
-    adjusted = holm({str(number): test.found.p for number, test in enumerate(tests)})
-    rows = [_row(test, adjusted[str(number)]) for number, test in enumerate(tests)]
-    return Table(name, title, CAPTION.format(tests=len(tests)), COLUMNS, tuple(rows))
+    adjusted = holm({str(place): test.found.p for place, test in enumerate(tests)})
+    rows = [_row(test, adjusted[str(place)]) for place, test in enumerate(tests)]
+    several = any(len(method.runs) > 1 for pair in pairs for method in pair)
+    said = CAPTION.format(tests="the one test" if len(tests) == 1 else f"all {len(tests)} tests")
+    return Table(name, title, said + (SEEDS if several else ""), COLUMNS, tuple(rows))
 
 
 def compared(measure: Measure, first: Method, second: Method) -> Compared | None:
@@ -108,8 +115,7 @@ def _with_seeds(found: Difference, measure: Measure, first: Method, second: Meth
         return found
     items = found.detectable / detectable_difference(1.0)
     error = math.sqrt((0.0 if math.isnan(items) else items) ** 2 + seeds)
-    p = (1.0 if found.mean == 0 else 0.0) if error == 0 else 2 * NormalDist().cdf(-abs(found.mean) / error)
-    half = Z95 * error
+    half, p = Z95 * error, p_of(found.mean, error, found.n)
     return replace(found, low=found.mean - half, high=found.mean + half, p=p, detectable=detectable_difference(error))
 
 
@@ -123,9 +129,9 @@ def _row(test: Compared, adjusted: float) -> tuple[Cell, ...]:
         exact = Cell(shown_p(test.counts.p), test.counts.p, title=title)
     return (
         Cell(test.measure.full_name), Cell(f"{test.first.label} - {test.second.label}"),
-        Cell(f"{found.mean:+.{decimals}f}", found.mean, found.low, found.high, title=title), Cell(shown_p(found.p), found.p, title=title),
+        Cell(f"{found.mean:+.{decimals}f}", found.mean, *finite(found.low, found.high), title=title), Cell(shown_p(found.p), found.p, title=title),
         Cell(shown_p(adjusted), adjusted, title=title, best=adjusted < 0.05),
-        Cell(f"{found.detectable:.{decimals}f}", found.detectable, title=title), alone, exact,
+        number(found.detectable, decimals, title), alone, exact,
     )  # fmt: skip
 
 

@@ -40,7 +40,8 @@ class Measure:
     decimals: int = 1
     grades: Array | None = None
     """[R, K] of tasks with one grade per item, in the same units; NaN where there is none."""
-    binary: bool = False
+    interval: str = "bootstrap"
+    """Of the estimates: wilson (for 0/1 grades), normal (for other grades) or bootstrap (by prompt)."""
     share: bool = False
     """In percent of something: no interval leaves [0, 100]."""
     counted: bool = True
@@ -50,6 +51,11 @@ class Measure:
     """Resamples of what is made of it."""
     resampled: Bootstrap | None = None
     """Of judged figures, [draws, R] in the order of `estimates`: what their differences are made of."""
+
+    @property
+    def binary(self) -> bool:
+        """Whether the grades are 0 or 1."""
+        return self.interval == "wilson"
 
     @property
     def full_name(self) -> str:
@@ -203,7 +209,8 @@ def graded(scene: Scene) -> list[Measure]:
     return [
         Measure(
             scene.task, scene.heading, "Acc (%)" if binary else "Grade (%)", estimates, statistic, len(scene.items),
-            scene.heading, scene.sources, why, grades=kept, binary=binary, share=True, draws=scene.evidence.draws,
+            scene.heading, scene.sources, why, grades=kept, interval="wilson" if binary else "normal", share=True,
+            draws=scene.evidence.draws,
         )
     ] if estimates else []  # fmt: skip
 

@@ -5,24 +5,31 @@ Ranks are of the figures as they are printed, and equal ones share the better ra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_HALF_UP, Decimal
+from statistics import fmean
 
 import numpy as np
 
 from bnfctl.report.collect import Method
 from bnfctl.report.measures import Measure
-from bnfctl.report.table import DASH, Cell, Table
+from bnfctl.report.table import DASH, Cell, Table, finite
 from bnfctl.tasks.average_rank import Metric, Ties, average_rank, ranks
 from bnfctl.tasks.statistics import Z95, Array, Estimate, Spread, Statistic, over_seeds
 
 TIES: Ties = "min"
-CAPTION = "In parentheses the rank among the rows, of the figures as printed; in brackets the 95 % interval."
-AVERAGE = " Average rank: the mean over the benchmarks; its interval resamples the items of each benchmark and ranks all again."
+CAPTION = "In parentheses the rank among the rows, of the figures as printed; in brackets the 95 % interval{kinds}."
+KINDS = {
+    "wilson": "Wilson's for right and wrong",
+    "normal": "normal for other grades",
+    "bootstrap": "resampled prompts for judged figures",
+}
+AVERAGE = " Average rank: the mean over the ranked columns; its interval resamples the items of each benchmark and ranks all again."
 SEEDS = (
-    " Several training seeds: mean ± standard deviation over seeds; the interval is for new items and new seeds, and with "
-    "few seeds it is itself uncertain."
+    " Several training seeds: mean ± standard deviation over seeds; the interval is for new items and new seeds, and too narrow "
+    "with two or three seeds that differ much. The average rank's is for new items only."
 )
 
 
@@ -42,11 +49,25 @@ def figure_of(measure: Measure, method: Method) -> Figure | None:
         return None
     if len(each) == 1:
         return Figure(each[0], None)
-    spread = over_seeds([one.mean for one in each], [(one.high - one.low) / 2 / Z95 for one in each])
-    low, high = spread.mean - Z95 * spread.error, spread.mean + Z95 * spread.error
+    spread = over_seeds([one.mean for one in each])
+    low, high = joined(each, spread)
     if measure.share:
         low, high = max(0.0, low), min(100.0, high)
     return Figure(Estimate(each[0].n, spread.mean, low, high), spread)
+
+
+def joined(each: Sequence[Estimate], spread: Spread) -> tuple[float, float]:
+    """The interval of the mean over seeds, from those of the seeds, each side by itself, and the seeds' spread.
+
+    A seed's interval need not have its figure in the middle (Wilson's, resampled and clipped ones), and seeds that agree
+    have the interval that one of them has: the squares of its sides add to those of the seeds' error, as variances do
+    (MOVER: Zou and Donner 2008).
+    """
+    seeds = (Z95 * spread.error) ** 2
+    below, above = (
+        fmean(side**2 for side in sides) for sides in ([e.mean - e.low for e in each], [e.high - e.mean for e in each])
+    )
+    return spread.mean - math.sqrt(below + seeds), spread.mean + math.sqrt(above + seeds)
 
 
 def statistic_of(measure: Measure, methods: Sequence[Method]) -> Statistic:
@@ -85,9 +106,9 @@ def standing(
     if left and counted:
         notes.append(f"Not in the average rank, since rows have no figure there: {', '.join(left)}.")
     several = any(len(method.runs) > 1 for method in methods)
-    caption = " ".join(
-        filter(None, [about, CAPTION + (AVERAGE if counted else "") + (SEEDS if several else ""), *notes])
-    )
+    kinds = dict.fromkeys(KINDS[one.interval] for one in measures)
+    said = CAPTION.format(kinds=f" ({', '.join(kinds)})" if kinds else "")
+    caption = " ".join(filter(None, [about, said + (AVERAGE if counted else "") + (SEEDS if several else ""), *notes]))
     return Table(name, title, caption, tuple(names), tuple(map(tuple, rows)), tuple(warnings), (("", 1), *groups))
 
 
@@ -135,7 +156,7 @@ def _cell(measure: Measure, method: Method, figure: Figure, rank: float | None) 
     sources = [measure.sources[run.ref] for run in method.runs if run.ref in measure.estimates]
     lacking = [run.title for run in method.runs if run.ref not in measure.estimates]
     title = f"{one.n} items; {'; '.join(sources)}" + (f"; without {', '.join(lacking)}" if lacking else "")
-    low, high = (bound if np.isfinite(bound) else None for bound in (one.low, one.high))
+    low, high = finite(one.low, one.high)
     sd = figure.spread.sd if figure.spread else None
     text = f"{np.round(one.mean, measure.decimals):.{measure.decimals}f}"  # rounded as `average_rank` does it
     return Cell(text, one.mean, low, high, rank, title, sd, best=rank == 1)

@@ -101,6 +101,11 @@ def number(value: float | None, decimals: int = 2, title: str = "", sign: str = 
     return Cell(f"{value:{sign},.{decimals}f}".replace(",", "" if abs(value) < 10000 else ","), value, title=title)
 
 
+def finite(*bounds: float) -> tuple[float | None, ...]:
+    """The ends of an interval; None for one that there is not."""
+    return tuple(bound if math.isfinite(bound) else None for bound in bounds)
+
+
 def _marked(cell: Cell) -> str:
     text = plain_markdown(shown(cell))
     return f"**{text}**" if cell.best and text else text

@@ -52,6 +52,7 @@ def plan(config: EvalConfig, store: Store) -> Plan:
     versions = {name: task.version for name, task in make_tasks(config, inputs).items()}
     if config.base is not None:
         inputs["base"] = _base(config, store, versions)
+    versions |= imported.file_names(config, inputs)
     if config.server:
         config, unknown = name_served(config)
         inputs |= unknown
@@ -64,7 +65,9 @@ def plan(config: EvalConfig, store: Store) -> Plan:
 def _base(config: EvalConfig, store: Store, versions: dict[str, str]) -> Pinned:
     """The base's grades; UsageError where there are none of the same tasks."""
     base = store.find(str(config.base), STAGE, "--base")
-    hint = f"bnfctl eval {base.manifest.config['model']} --tasks {','.join(config.tasks)}"
+    made = base.manifest.config
+    of = made["model"] or f"--responses {' '.join(made['responses'])}"
+    hint = f"bnfctl eval {of} --tasks {','.join(config.tasks)}"
     if base.manifest.stage_version != VERSION:
         raise UsageError("the base was evaluated by an older bnfctl", where="--base", hint=hint)
     for name, version in versions.items():
@@ -106,7 +109,7 @@ def run(config: EvalConfig, draft: Draft) -> dict[str, Any]:
             if isinstance(task, JudgedTask):
                 rows += _judged(config, draft, task, mine, asker, judges[name])
             else:
-                rows += [*mine, *_graded(config, draft, task)]
+                rows += [*mine, *_graded(config, draft, task, {row["model"] for row in mine})]
     shards.write_shards(draft.path / "rows", rows, SCHEMA)
     base = draft.artifact("base") if "base" in draft.inputs else None
     results = {
@@ -139,16 +142,23 @@ def _rows_of(parts: Iterable[shards.Parts]) -> Iterator[dict[str, Any]]:
         yield from shards.read_rows(one.folder)
 
 
-def _graded(config: EvalConfig, draft: Draft, task: AnyTask) -> Iterator[dict[str, Any]]:
-    """The rows of responses that were made elsewhere."""
+def _graded(config: EvalConfig, draft: Draft, task: AnyTask, own: set[str]) -> Iterator[dict[str, Any]]:
+    """The rows of responses that were made elsewhere; own: the model that is evaluated beside them."""
     assert not isinstance(task, JudgedTask)
     files = imported.files_of(config, draft.inputs)
     for model, found in imported.graded(files, task, config.limit).items() if files else ():
+        _apart({model}, own)
         for answered, grade in found:
             yield {
                 "task": task.name, "model": model, "item_id": answered.item.id, "prompt": list(answered.item.messages),
                 "response": answered.response, "tokens": None, "finish_reason": None, "grade": grade.value, "extra": text_of(grade.extra),
             }  # fmt: skip
+
+
+def _apart(in_files: set[str], own: set[str]) -> None:
+    """UsageError where the model that is evaluated is in a file too."""
+    for model in in_files & own:
+        raise UsageError(f"{model} is the model and in a file", where="--responses", hint="give it once")
 
 
 def _judged(
@@ -161,8 +171,7 @@ def _judged(
     items = {item.id: item for item in task.requests(config.limit)} if sampled else {}
     own = {row["item_id"]: row for row in sampled}
     waiting = [Answered(items[row["item_id"]], row["response"], row["model"], row["item_id"]) for row in sampled]
-    if taken := {one.model for one in waiting} & {*found.judges, *(one.model for one in found.waiting)}:
-        raise UsageError(f"{taken.pop()} is the model and in a file", where="--responses", hint="give it once")
+    _apart({*found.judges, *(one.model for one in found.waiting)}, {one.model for one in waiting})
     waiting += found.waiting
     judged: list[Judged] = []
     if waiting:

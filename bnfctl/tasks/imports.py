@@ -15,6 +15,7 @@ from typing import Any
 from bnfctl import console
 from bnfctl.data.records import Prompt, Reward
 from bnfctl.errors import UsageError, nearest
+from bnfctl.options import fingerprint
 from bnfctl.tables import TASKS
 from bnfctl.tasks.items import read_file
 from bnfctl.tasks.zeroeval import ZeroEvalTask
@@ -55,6 +56,7 @@ def read_answers(path: Path, task: ZeroEvalTask) -> Iterator[Answered]:
     for index, (where, row) in enumerate(rows_in(path, task.name)):
         item = _own_item(row, index, where, task)
         if item is None:
+            known_id(row, where)  # before a data set is fetched
             items = items or {item.id: item for item in task.requests(None)}
             item = known_item(row, where, items, task.name)
         for model, response in responses_in(row, where):
@@ -65,7 +67,8 @@ def read_answers(path: Path, task: ZeroEvalTask) -> Iterator[Answered]:
                 raise UsageError(what, where=f"{earlier} and {where}", hint="one row for each item")
             yield answered
     if not seen:
-        raise UsageError("no responses", where=str(path), hint="the file is empty")
+        hint = f"the file is empty, or its rows are of other tasks than {task.name}"
+        raise UsageError("no responses", where=str(path), hint=hint)
 
 
 def regrade(path: Path, task: ZeroEvalTask) -> dict[str, list[tuple[Answered, Reward]]]:
@@ -83,9 +86,11 @@ def regrade(path: Path, task: ZeroEvalTask) -> dict[str, list[tuple[Answered, Re
 
 def _own_item(row: dict[str, Any], index: int, where: str, task: ZeroEvalTask) -> Prompt | None:
     """The item that the row itself holds, or None."""
-    item_id = id_in(row)
-    if item_id is None or not all(any(name in row for name in names) for names in task.columns):
+    if not all(any(name in row for name in names) for names in task.columns):
         return None
+    # Without an id, the question says which item it is: in every file the same, in whatever order.
+    question = [row.get(name) for name in (*task.columns[0], "choices")]
+    item_id = id_in(row) or f"question-{fingerprint(question)[:16]}"
     return task.prompt(task.item({**row, "id": item_id}, index, where))
 
 
@@ -94,11 +99,17 @@ def id_in(row: dict[str, Any]) -> str | None:
     return next((str(row[name]) for name in IDS if row.get(name) is not None), None)
 
 
-def known_item(row: dict[str, Any], where: str, items: Mapping[str, Prompt], task: str) -> Prompt:
-    """The item of that name's task whose id the row has; UsageError where it has none, or another one."""
+def known_id(row: dict[str, Any], where: str) -> str:
+    """The id in a row; UsageError where it has none."""
     item_id = id_in(row)
     if item_id is None:
         raise UsageError("no id", where=where, hint=f"give each row one in {IDS[0]}; columns here: {', '.join(row)}")
+    return item_id
+
+
+def known_item(row: dict[str, Any], where: str, items: Mapping[str, Prompt], task: str) -> Prompt:
+    """The item of that name's task whose id the row has; UsageError where it has none, or another one."""
+    item_id = known_id(row, where)
     if item_id not in items:
         raise UsageError(
             f"{task} has no item '{item_id}'{nearest(item_id, items)}", where=where,

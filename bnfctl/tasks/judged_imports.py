@@ -52,7 +52,8 @@ def read_responses(path: Path, task: HasItems, items: Mapping[str, Prompt] | Non
             if item.id in wanted:
                 yield answered
     if not seen:
-        raise UsageError("no responses", where=str(path), hint="the file is empty")
+        hint = f"the file is empty, or its rows are of other tasks than {task.name}"
+        raise UsageError("no responses", where=str(path), hint=hint)
     published = getattr(task, "source", None)
     expected = published.rows if published is not None else len(known)
     for model in dict.fromkeys(model for model, _ in seen):

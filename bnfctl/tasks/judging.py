@@ -359,7 +359,7 @@ class _Run:
         if refusal is not None and not (too_long(refusal) or about_content(refusal)):
             raise BnfctlError(
                 f"the judge refuses item {state.answered.item.id}: {refusal}", where=", ".join(self.urls),
-                hint="the model's name, its temperature and its limit of tokens may not be what the server takes",
+                hint="less may do: --judge-temperature none, --no-judge-json, --judge-tokens N; or another --served-model",
             )  # fmt: skip
         state.answers.setdefault(question.part, []).append(answer)
         following = None if refusal is not None else self.task.follow_up(question, answer)

@@ -77,7 +77,7 @@ def processes_of(folder: Path) -> list[int]:
     return [pid for pid in processes_with(str(folder)) if alive(pid)]
 
 
-def check_arena(found: dict[str, Any], rows: list[dict[str, Any]], model: str) -> None:
+def check_arena(found: dict[str, Any], rows: list[dict[str, Any]], model: str, name: str) -> None:
     """A wins every game: the baseline in the first, the model in the second."""
     assert [row["grade"] for row in rows] == [0.5] * COUNT
     assert [json.loads(row["extra"])["verdicts"] for row in rows] == [["A>>B", "A>>B"]] * COUNT
@@ -85,12 +85,12 @@ def check_arena(found: dict[str, Any], rows: list[dict[str, Any]], model: str) -
         assert [choice["text"] for choice in answer[0]["choices"]] == [LABEL] and len(answer) == 1
         assert answer[0]["choices"][0]["finish"] == "stop"
         assert answer[0]["usage"]["completion_tokens"] == 2 and answer[0]["usage"]["prompt_tokens"] > 1000
-        assert answer[0]["server"]["model"] == "the-judge"
+        assert answer[0]["server"]["model"] == name
     figures = found["models"][model]
     assert (figures["mean"], figures["n"], figures["ungraded"]) == (0.5, COUNT, 0)
     who = figures["judge"]
-    assert who["served_model"] == "the-judge" and who["server"].startswith("server the-judge, vllm ")
-    assert who["answered_as"] == ["the-judge"] and who["parameters"]["temperature"] == 0.0
+    assert who["served_model"] == name and who["server"].startswith(f"server {name}, vllm ")
+    assert who["answered_as"] == [name] and who["parameters"]["temperature"] == 0.0
 
 
 def test_a_judge_that_the_run_starts_itself(judge: Path, tmp_path: Path, bnfctl: Callable[..., Done]) -> None:
@@ -98,14 +98,15 @@ def test_a_judge_that_the_run_starts_itself(judge: Path, tmp_path: Path, bnfctl:
     common = ("--data-dir", data_folder(tmp_path), "--sampler", "hf", "--json")
     done = bnfctl("eval", policy, "--tasks", "arena-hard,wildbench", "--judge", judge, *common, timeout=600)
     assert done.code == 0, done.err
-    assert "starting a server of the-judge; its log: " in done.err and "the-judge is up after" in done.err
     assert not processes_of(judge), "the server outlives the run"
 
     artifact = Artifact(Path(done.json["artifact"]))
+    name = f"the-judge@{artifact.manifest.inputs['judge']['digest'][:12]}"
+    assert f"starting a server of {name}; its log: " in done.err and f"{name} is up after" in done.err
     rows = {name: [row for row in artifact.rows() if row["task"] == name] for name in ("arena-hard", "wildbench")}
     tasks = artifact.manifest.summary["tasks"]
     assert all(row["tokens"] > 0 and row["response"] for row in rows["arena-hard"] + rows["wildbench"])
-    check_arena(tasks["arena-hard"], rows["arena-hard"], "policy")
+    check_arena(tasks["arena-hard"], rows["arena-hard"], "policy", name)
     assert [row["grade"] for row in rows["wildbench"]] == [7.0] * COUNT
     assert [json.loads(row["answers"])["score"][0]["choices"][0]["text"] for row in rows["wildbench"]] == [
         OBJECT
@@ -126,7 +127,7 @@ def test_a_judge_that_runs_elsewhere(
         )
         artifact = execute("eval", config, store).artifact
         assert "6 calls, 0 answered before" in capfd.readouterr().err
-        check_arena(artifact.manifest.summary["tasks"]["arena-hard"], list(artifact.rows()), "theirs")
+        check_arena(artifact.manifest.summary["tasks"]["arena-hard"], list(artifact.rows()), "theirs", "the-judge")
         again = execute("eval", config, store, force=True).artifact
         assert "0 calls, 6 answered before" in capfd.readouterr().err
         assert again.manifest.digest == artifact.manifest.digest

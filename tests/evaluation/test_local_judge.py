@@ -59,12 +59,13 @@ def test_the_judge_is_served_for_the_time_of_the_run(
     asked = serve()
     artifact = execute("eval", config, store).artifact
     assert gone(tmp_path)
-    assert (asked["folder"], asked["name"]) == (tmp_path / "judge", "judge")
+    digest = artifact.manifest.inputs["judge"]["digest"][:12]
+    assert (asked["folder"], asked["name"]) == (tmp_path / "judge", f"judge@{digest}")
     assert "--server" in asked["instead"]
     rows = list(artifact.rows())
     assert [json.loads(row["extra"])["verdicts"] for row in rows] == [["A>>B", "A>>B"]] * COUNT
     figures = artifact.manifest.summary["tasks"]["arena-hard"]["models"]["theirs"]
-    assert figures["mean"] == 0.5 and figures["judge"]["served_model"] == "judge"
+    assert figures["mean"] == 0.5 and figures["judge"]["served_model"] == f"judge@{digest}"
     assert (artifact.path / "log" / "judge.log").is_file()
     key = notes(tmp_path)[0]["key"]
     assert not [path for path in store.home.rglob("*") if path.is_file() and key.encode() in path.read_bytes()]
@@ -74,13 +75,27 @@ def test_a_judge_that_dies_is_told_and_the_next_run_goes_on(
     config: EvalConfig, store: Store, serve: Callable[..., dict[str, Any]], tmp_path: Path, capfd: Any
 ) -> None:
     serve("--calls", "4")
-    with pytest.raises(BnfctlError, match=r"the server of judge ended \(exit code 5\): MemoryError: no room") as caught:
+    with pytest.raises(
+        BnfctlError, match=r"the server of judge@\w{12} ended \(exit code 5\): MemoryError: no room"
+    ) as caught:
         execute("eval", config, store)
     assert (caught.value.where or "").endswith("/log/judge.log")
     assert gone(tmp_path)
     serve()
     execute("eval", config, store)
     assert "2 calls, 4 answered before" in capfd.readouterr().err
+
+
+def test_another_model_in_the_same_folder_is_another_judge(
+    config: EvalConfig, store: Store, serve: Callable[..., dict[str, Any]], tmp_path: Path, capfd: Any
+) -> None:
+    serve()
+    first = execute("eval", config, store).artifact
+    (tmp_path / "judge" / "config.json").write_text('{"hidden_size": 8}')
+    second = execute("eval", config, store).artifact
+    assert capfd.readouterr().err.count("6 calls, 0 answered before") == 2
+    judges = [made.manifest.summary["tasks"]["arena-hard"]["models"]["theirs"]["judge"] for made in (first, second)]
+    assert judges[0]["digest"] != judges[1]["digest"]
 
 
 def test_without_vllm_nothing_starts(config: EvalConfig, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,11 +32,15 @@ def test_difference_by_hand() -> None:
     found = difference([3.0, 2.0, 4.0], [1.0, 2.0, 3.0])
     # differences 2 0 1: mean 1, sd 1, error 1 / sqrt(3), z = sqrt(3)
     assert found.mean == 1.0
-    assert found.p == pytest.approx(math.erfc(math.sqrt(3 / 2)))
+    assert found.p == 0.25  # erfc(sqrt(3 / 2)) is 0.08, which three items cannot say
+    mixed = difference([3.0, 2.0, 3.0], [1.0, 2.0, 4.0])  # 2 0 -1: mean 1/3, sd sqrt(7/3), z = 1 / sqrt(7)
+    assert mixed.p == pytest.approx(math.erfc(math.sqrt(1 / 14)))
     assert (found.low, found.high) == (mean_interval([2.0, 0.0, 1.0]).low, mean_interval([2.0, 0.0, 1.0]).high)
     assert found.detectable == pytest.approx(2.8016 / math.sqrt(3), rel=1e-4)
     assert difference([0.5, 0.5], [0.5, 0.5]).p == 1.0
-    assert difference([0.6, 0.6], [0.5, 0.5]).p == 0.0
+    assert difference([0.6, 0.6], [0.5, 0.5]).p == 0.5  # two equal signs
+    assert difference([0.6] * 9, [0.5] * 9).p == 2**-8
+    assert difference([0.6] * 9, [0.5] * 9, list("aaabbbccc")).p == 0.25
     assert difference([0.6], [0.5]).p == 1.0
 
 
@@ -99,6 +103,19 @@ def test_bootstrap_difference_is_paired() -> None:
     assert bootstrap_difference(other, one, 200).mean == -found.mean
 
 
+def test_a_bootstrap_that_never_crosses_zero_has_the_p_of_its_error() -> None:
+    """200 items with z near 7: 2 / 2001 would be a bound that Holm's correction of 60 tests cannot pass."""
+    source = np.random.default_rng(3)
+    first = source.normal(0.5, 1, 200)
+    found = bootstrap_difference(clustered_mean(first.tolist())[0], lambda counts: np.zeros(len(counts)), 200)
+    closed = difference(first.tolist(), [0.0] * 200)
+    assert found.p < 1e-6 and math.log(found.p) == pytest.approx(math.log(closed.p), rel=0.1)
+    few = bootstrap_difference(clustered_mean([1.0, 2.0, 1.5])[0], lambda counts: np.zeros(len(counts)), 3)
+    assert few.p == 0.25, "three prompts"
+    one = bootstrap_difference(lambda counts: np.ones(len(counts)), lambda counts: np.zeros(len(counts)), 1)
+    assert one.p == 1.0
+
+
 def test_bootstrap_difference_refits() -> None:
     """A figure that is no mean: the ratio of two sums, computed anew for each resample."""
     values = np.random.default_rng(8).uniform(1, 2, (2, 50))
@@ -124,3 +141,9 @@ def test_holm() -> None:
     assert list(found) == ["gsm8k", "crux", "mmlu", "math"]
     assert holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
     assert holm({}) == {}
+
+
+def test_a_p_value_keeps_its_digits_far_out() -> None:
+    """z is 20: the normal tail has 5.5e-89 there, which 1 - Phi(z) would round to 0."""
+    first = [1.0 + (-1) ** n * math.sqrt(99 / 100) / 2 for n in range(100)]
+    assert difference(first, [0.0] * 100).p == pytest.approx(5.507e-89, rel=1e-3)

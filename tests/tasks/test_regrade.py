@@ -98,7 +98,7 @@ def test_the_name_of_the_file_is_the_models_too(tmp_path: Path) -> None:
     [
         ([{"id": "g0"}], "no response"),
         ([{"id": "g0", "response": 4}], "no response"),
-        ([{"id": "g0", "output": ["a", "b"]}], "no response"),
+        ([{"id": "g0", "output": ["a", 4]}], "no response"),
         ([{"id": "g0", "responses": [{"model": "m"}]}], "no response"),
         ([{"response": "x"}], "no id"),
         ([{"id": "g9", "response": "x"}], "gsm8k has no item 'g9' \\(did you mean 'g2'"),
