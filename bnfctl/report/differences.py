@@ -127,9 +127,10 @@ def _row(test: Compared, adjusted: float) -> tuple[Cell, ...]:
     if test.counts is not None:
         alone = Cell(f"{test.counts.first_only} : {test.counts.second_only}", title=title)
         exact = Cell(shown_p(test.counts.p), test.counts.p, title=title)
+    low, high = finite(found.low, found.high)
     return (
         Cell(test.measure.full_name), Cell(f"{test.first.label} - {test.second.label}"),
-        Cell(f"{found.mean:+.{decimals}f}", found.mean, *finite(found.low, found.high), title=title), Cell(shown_p(found.p), found.p, title=title),
+        Cell(f"{found.mean:+.{decimals}f}", found.mean, low, high, title=title), Cell(shown_p(found.p), found.p, title=title),
         Cell(shown_p(adjusted), adjusted, title=title, best=adjusted < 0.05),
         number(found.detectable, decimals, title), alone, exact,
     )  # fmt: skip
