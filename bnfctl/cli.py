@@ -178,6 +178,10 @@ def run(
 
     asked, store = pipeline.read(file, settings or ()), open_store(home)
     work = pipeline.Run(asked, store, start=start, force=force)
+    if asked.report is not None:  # better now than after hours of work
+        from bnfctl import report
+
+        report.check_folder(asked.report)
     if dry_run:
         verdicts = work.dry()
         document = [{"step": step.name, "stage": step.stage, "verdict": verdict} for step, verdict in verdicts]
@@ -192,8 +196,6 @@ def run(
             console.say(stages.module("eval").table_of(result.artifact))
     summary = pipeline.as_document(results)
     if asked.report is not None:
-        from bnfctl import report
-
         written = report.write([result.artifact for result in results], store, asked.report)
         summary["report"] = str(written.index)
         console.say(f"report: {written.index}")

@@ -216,6 +216,16 @@ def test_run_then_cached_then_forced(small: Path, warm_bnfctl: Callable[..., Don
     assert Path(warm_bnfctl("run", small).out.strip()).is_dir(), "stdout is the last artifact's path, and nothing else"
 
 
+def test_a_report_that_could_not_be_written_is_said_first(small: Path, warm_bnfctl: Callable[..., Done]) -> None:
+    mine = small.parent / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    small.write_text(f"report: {mine}\n" + small.read_text())
+    for flags in ((), ("--dry-run",)):
+        done = warm_bnfctl("run", small, *flags)
+        assert done.code == 2 and "this folder holds other things: notes.txt" in done.err and "[pairs]" not in done.err
+
+
 def test_from_needs_the_steps_before(small: Path, warm_bnfctl: Callable[..., Done]) -> None:
     done = warm_bnfctl("run", small, "--from", "masked")
     assert done.code == 2

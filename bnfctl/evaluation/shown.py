@@ -74,7 +74,7 @@ def _more(found: list[tuple[str, str, Mapping[str, Any]]]) -> dict[str, list[str
             [
                 _number(name, r["base_mean"]),
                 *_estimate(name, r, "gain", "gain_low", "gain_high", "+"),
-                f"{r['p_holm']:.3g}",
+                p_text(r["p_holm"]),
             ]
             if "gain" in r
             else [""] * 4
@@ -134,7 +134,7 @@ def _notes(task: Mapping[str, Any]) -> list[str]:
     for one in task.get("comparisons", ()):
         points = f"{one['mean']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]"
         lines.append(
-            f"{one['first']} - {one['second']}: {points} on {one['n']} items, p {one['p']:.3g} (Holm {one['p_holm']:.3g})"
+            f"{one['first']} - {one['second']}: {points} on {one['n']} items, p {p_text(one['p'])} (Holm {p_text(one['p_holm'])})"
         )
     return lines
 
@@ -167,3 +167,8 @@ def _number(task: str, value: float | None, sign: str = "") -> str:
         return ""
     # A share is rounded as the percentage that others publish: 0.36625 is 36.62 %, though 0.3663 with four decimals.
     return f"{value:{sign}.2f}" if task in POINTS else f"{float(f'{value * 100:.2f}') / 100:{sign}.4f}"
+
+
+def p_text(p: float) -> str:
+    """A p-value to two digits, with an end to them."""
+    return "< 0.0001" if p < 0.0001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"

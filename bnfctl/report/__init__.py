@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from bnfctl.report.writing import Written, write
+from bnfctl.report.writing import Written, check_folder, write
 
-__all__ = ["Written", "write"]
+__all__ = ["Written", "check_folder", "write"]

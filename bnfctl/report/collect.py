@@ -93,7 +93,8 @@ class Sources:
 def collect(artifacts: Sequence[Artifact], store: Store) -> Sources:
     """The artifacts and all that they were made from, as methods and runs.
 
-    UsageError for no artifacts, and for evals of a version whose rows do not say which model they are of.
+    UsageError for no artifacts, for nothing but references, and for evals of a version whose rows do not say which model
+    they are of.
     """
     from bnfctl.report.methods import methods_of
 
@@ -107,6 +108,9 @@ def collect(artifacts: Sequence[Artifact], store: Store) -> Sources:
     stages: dict[str, list[Artifact]] = {}
     for one in found.values():
         stages.setdefault(one.manifest.stage, []).append(one)
+    if set(stages) == {"reference"}:
+        what = f"{artifacts[0].ref} holds log-probabilities of a reference, which no report shows"
+        raise UsageError(what, where="ARTIFACT", hint="the training that used it, or evals: bnfctl ls lists them")
     evals, trains, builds = (tuple(stages.get(stage, ())) for stage in ("eval", "train", "build"))
     for one in evals:
         _check_version(one)

@@ -14,23 +14,26 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bnfctl.evaluation.figures import MOST
+from bnfctl.evaluation.shown import p_text
 from bnfctl.report.collect import Method
 from bnfctl.report.measures import Measure
 from bnfctl.report.standing import figure_of
-from bnfctl.report.table import DASH, Cell, Table, finite, number
+from bnfctl.report.table import DASH, Cell, Table, finite, fixed, number
 from bnfctl.tasks.paired import Difference, McNemar, bootstrapped, difference, holm, mcnemar, p_of
 from bnfctl.tasks.statistics import Z95, Array, Bootstrap, detectable_difference
 
-COLUMNS = ("Benchmark", "Methods", "Difference", "p", "p (Holm)", "Detectable", "Right alone", "p (McNemar)")
+COLUMNS = ("Benchmark", "Methods", "Difference", "p", "p (Holm)", "Detectable")
+MCNEMAR = ("Right alone", "p (McNemar)")
+"""More columns, where a test of the table has them."""
 CAPTION = (
     "First minus second on the same items, in the units of the main table, with its 95 % interval. p is two-sided; Holm's p "
     "accounts for {tests} in this table: below 0.05 (bold) it holds for all of them together. Detectable: the smallest true "
-    "difference that would be found with 80 % power here. Right alone: items that one "
-    "method alone got right, the first's : the second's, and McNemar's exact p (one seed each only)."
+    "difference that would be found with 80 % power here."
 )
+ALONE = " Right alone: items that one method alone got right, the first's : the second's, and McNemar's exact p (one seed each only)."
 SEEDS = (
-    " Several training seeds: means over them, and their spread is in the interval and in p as if it were known exactly, "
-    "which two or three seeds do not give: read these p as too small. Of a method with one seed the spread is not known, and not in it."
+    " Several training seeds: means over them, and their spread is in the interval and in p; where two or three seeds differ by "
+    "more than the items explain, both say too much. Of a method with one seed the spread is not known, and not in them."
 )
 
 
@@ -63,10 +66,13 @@ def _table(name: str, title: str, pairs: Sequence[tuple[Method, Method]], measur
     if not tests:
         return None
     adjusted = holm({str(place): test.found.p for place, test in enumerate(tests)})
-    rows = [_row(test, adjusted[str(place)]) for place, test in enumerate(tests)]
-    several = any(len(method.runs) > 1 for pair in pairs for method in pair)
+    counted = any(test.counts for test in tests)
+    columns = (*COLUMNS, *(MCNEMAR if counted else ()))
+    rows = [_row(test, adjusted[str(place)])[: len(columns)] for place, test in enumerate(tests)]
     said = CAPTION.format(tests="the one test" if len(tests) == 1 else f"all {len(tests)} tests")
-    return Table(name, title, said + (SEEDS if several else ""), COLUMNS, tuple(rows))
+    said += ALONE if counted else ""
+    said += SEEDS if any(len(method.runs) > 1 for pair in pairs for method in pair) else ""
+    return Table(name, title, said, columns, tuple(rows))
 
 
 def compared(measure: Measure, first: Method, second: Method) -> Compared | None:
@@ -126,16 +132,13 @@ def _row(test: Compared, adjusted: float) -> tuple[Cell, ...]:
     alone = exact = Cell(DASH, title="for right and wrong, and one seed each")
     if test.counts is not None:
         alone = Cell(f"{test.counts.first_only} : {test.counts.second_only}", title=title)
-        exact = Cell(shown_p(test.counts.p), test.counts.p, title=title)
+        exact = Cell(p_text(test.counts.p), test.counts.p, title=title)
     low, high = finite(found.low, found.high)
+    if test.measure.share and low is not None and high is not None:
+        low, high = max(-100.0, low), min(100.0, high)
     return (
         Cell(test.measure.full_name), Cell(f"{test.first.label} - {test.second.label}"),
-        Cell(f"{found.mean:+.{decimals}f}", found.mean, low, high, title=title), Cell(shown_p(found.p), found.p, title=title),
-        Cell(shown_p(adjusted), adjusted, title=title, best=adjusted < 0.05),
+        Cell(fixed(found.mean, decimals, "+"), found.mean, low, high, title=title), Cell(p_text(found.p), found.p, title=title),
+        Cell(p_text(adjusted), adjusted, title=title, best=adjusted < 0.05),
         number(found.detectable, decimals, title), alone, exact,
     )  # fmt: skip
-
-
-def shown_p(p: float) -> str:
-    """A p-value to two digits, with an end to them."""
-    return "< 0.0001" if p < 0.0001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from bnfctl.evaluation.figures import MOST
 from bnfctl.report.collect import Method, Sources
 from bnfctl.report.differences import against_base, between
 from bnfctl.report.evidence import Evidence
@@ -17,7 +18,7 @@ from bnfctl.report.made import builds, training
 from bnfctl.report.measures import measures_of
 from bnfctl.report.shifted import shifts
 from bnfctl.report.standing import by_ratio, relabelled, standing
-from bnfctl.report.table import Table
+from bnfctl.report.table import Table, printable
 from bnfctl.tasks.statistics import DRAWS
 
 _RATIOS = (
@@ -48,10 +49,19 @@ def document_of(sources: Sources, title: str | None = None, draws: int = DRAWS) 
     tables = (*per_base, *(table for table in made if table is not None))
     bases = ", ".join(filter(None, sources.bases))
     notes = [*sources.missing]
+    many = [base for base in sources.bases if sum(not method.is_base for method in sources.of_base(base)) > MOST]
+    if many:
+        notes.append(
+            f"More than {MOST} methods are not compared two by two: too many tests to read and to correct for."
+        )
     if not sources.evals:
         notes.append("No evaluation is here, so nothing is ranked: give eval artifacts to compare models.")
     return Document(
-        title or (f"Report on {bases}" if bases else "Report"), sources, tables, tuple(notes), lineage(sources)
+        printable(title or (f"Report on {bases}" if bases else "Report")),
+        sources,
+        tables,
+        tuple(notes),
+        lineage(sources),
     )
 
 
@@ -83,14 +93,14 @@ def _ratios(name: str, of: str, methods: list[Method], family: list[Method], evi
         loss = family[0].label.partition(" (")[0]
         shown = [relabelled(row, label) for row, label in zip(rows, labels, strict=True)]
         title = f"Pairing ratios, {loss}{of}"
-        yield standing(name, title, shown, measures, warnings, "Pairing ratio", about=_RATIOS, average=False)
+        yield standing(name, title, shown, measures, warnings, "Pairing ratio", about=_RATIOS)
 
 
 def _named(base: str, sources: Sources) -> tuple[str, str]:
     """(end of the tables' ids, of their titles): none where there is one base only."""
     if len(sources.bases) == 1:
         return "", ""
-    slugs = [re.sub(r"[^a-z0-9]+", "-", one.lower()).strip("-") or "others" for one in sources.bases]
+    slugs = [re.sub(r"[^a-z0-9]+", "-", one.lower())[:60].strip("-") or "others" for one in sources.bases]
     number = sources.bases.index(base)
-    slug = slugs[number] if slugs.count(slugs[number]) == 1 else f"{slugs[number]}-{number + 1}"
+    slug = slugs[number] if len(set(slugs)) == len(slugs) else f"{slugs[number]}-{number + 1}"
     return f"-{slug}", f": {base or 'other models'}"

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from bnfctl.artifact import Artifact
 from bnfctl.options import canonical
 from bnfctl.report.collect import Run, Sources
+from bnfctl.report.table import printable
 from bnfctl.tasks.judged_rows import from_row
 from bnfctl.tasks.judging import Judged
 from bnfctl.tasks.statistics import DRAWS, Array
@@ -82,7 +83,7 @@ class Result:
     @property
     def source(self) -> str:
         """Where its numbers come from, for people."""
-        return f"{self.artifact.ref}, model {self.run.name_in(self.artifact)}"
+        return f"{self.artifact.ref}, model {printable(self.run.name_in(self.artifact))}"
 
 
 class Evidence:

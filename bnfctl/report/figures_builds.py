@@ -10,7 +10,7 @@ from bnfctl.analysis.preferences import Histogram
 from bnfctl.artifact import Artifact
 from bnfctl.data.pairing import SIDES
 from bnfctl.report.collect import Sources
-from bnfctl.report.figures_svg import INK, Figure, legend, panel, panels, series, short
+from bnfctl.report.figures_svg import DRAWABLE, INK, Figure, legend, panel, panels, series, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 BINS = 24
 FEW = 10
 """Distinct rewards that get a bar each: those of rules and judges."""
-DRAWABLE = 1e100
-"""No axis reaches the ends of float64; a panel of such numbers is left out."""
 _UNITS = ("ids", "tokens"), ("text", "characters")
 
 Numbers = np.ndarray[Any, np.dtype[np.float64]]

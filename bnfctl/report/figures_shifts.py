@@ -98,7 +98,7 @@ def _figures(measured: Sequence[Measured], place: str, of: str) -> list[Figure]:
         picture = panel(
             f"{id_}{place}", _boxes(rows, axis), f"{title}, by method.", width=_WIDTH, height=68 + 27 * len(rows)
         )
-        text = f"{caption}  {_BOXES}{note}"
+        text = f"{caption}  {_BOXES}{_SEEDS if any(len(one.seeds) > 1 for one in measured) else ''}{note}"
         found.append(Figure(f"{id_}{place}", title + of, text, _alt(rows), picture, "shifts", numbers))
     return [*found, *_bins(measured, place, of, note)]
 
@@ -115,6 +115,9 @@ _SPREADS = (
     ),
 )  # fmt: skip
 _BOXES = "Dot: mean, 95 % interval (normal, prompts as clusters).  Box: quartiles and median; line: 5 % to 95 %."
+_SEEDS = (
+    "  Ticks under a box: the mean of each seed; how far they differ is not in the interval, but in that of the table."
+)
 _HEADER = ("method", "seeds", "n", "mean", "95 % interval", *(f"{share} %" for share in _SPREAD))
 
 
@@ -238,7 +241,7 @@ def _points(x: Numbers, y: Numbers, index: int, title: str, limits: Sequence[tup
         axes.locator_params(nbins=5)
         axes.set_title(title)
         axes.set_xlabel("log-likelihood shift per token (nats)")
-        axes.set_ylabel("logit shift per token")
+        axes.set_ylabel("absolute logit shift per token")
 
     return draw
 
@@ -268,6 +271,7 @@ def _bins(measured: Sequence[Measured], place: str, of: str, note: str) -> list[
         pictures.append(_lines(f"figure-4{place}-same", lines, means, "The same tokens", "mean shift (nats)"))
         columns += [(f"{line.label}, mean", *(f"{v:.3g}" for v in means[str(line.index)])) for line in lines]
         said = "  Right: the tokens of each of those bins, and how far every method moved them on average"
+        said += ", seed by seed in their order" if any(len(one.seeds) > 1 for one in measured) else ""
     caption = (
         f"Tokens in ten bins by their log-likelihood shift under {baseline}, most negative first, as many of {baseline}'s "
         f"tokens in each.  {'Left' if paired is not None else 'Shown'}: the share of each method's own tokens between "

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from bnfctl.report.collect import Method, Sources
+from bnfctl.report.table import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +28,8 @@ WIDTH, HEIGHT = 360, 240
 """Of a panel, in the units of its viewBox: what fits a phone at its natural size, so that ticks stay legible."""
 INK, MUTED, GRID, PAPER = "#000101", "#000102", "#000103", "#000104"
 _NAMED = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"}
+DRAWABLE = 1e100
+"""No axis reaches the ends of float64: larger numbers are left out."""
 SERIES = 8
 """Colours before they repeat; from then on only line style and marker tell."""
 DASHES: tuple[Any, ...] = (
@@ -108,7 +111,7 @@ def series(index: int) -> str:
 
 def short(text: str, width: int = 22) -> str:
     """A label on one line, with what can't be shown escaped."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    line = printable(text)
     return line if len(line) <= width else line[: width - 1] + "…"
 
 

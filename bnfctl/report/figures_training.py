@@ -17,6 +17,7 @@ from bnfctl.errors import BnfctlError
 from bnfctl.report.collect import Sources
 from bnfctl.report.figures_svg import (
     DASHES,
+    DRAWABLE,
     INK,
     MARKERS,
     MUTED,
@@ -76,7 +77,8 @@ def _read(train: Artifact) -> dict[tuple[str, str], Curve]:
             line = json.loads(text)
             for name, value in line.items():
                 if isinstance(value, (int, float)) and name != "step":
-                    found.setdefault((line["split"], name), []).append((line["step"], value))
+                    drawn = value if abs(value) < DRAWABLE else np.nan
+                    found.setdefault((line["split"], name), []).append((line["step"], drawn))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         hint = f"bnfctl verify {train.ref}; then make it again"
         raise BnfctlError(f"unreadable metrics: {error}", where=str(path), hint=hint) from None

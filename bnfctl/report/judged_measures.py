@@ -177,7 +177,7 @@ def _official(scene: Scene, empty: Measure, pool: Pool, runs: Sequence[str], why
     notes = [
         f"LC: the official length control, over the pool of the {len(pool.models)} models here; it depends on them."
     ]
-    notes += _stopped("LC", [ref for ref in runs if flags[ref].separated])
+    notes += _stopped("LC", [scene.results[ref].run.title for ref in runs if flags[ref].separated])
     sizes = {ref: int(pool.counted[m]) for ref, m in zip(runs, columns, strict=True)}
     return _measure(scene, "LC (%)", _percent(lambda counts: joint(counts)[:, columns]), sizes, why=why, notes=notes)
 
@@ -190,7 +190,7 @@ def _equal(scene: Scene, empty: Measure, pool: Pool, runs: Sequence[str], why: d
         try:
             each[ref] = lc_equal_length_statistic(alone)
             if lc_equal_length(alone, draws=2)[ref].separated:
-                stopped.append(ref)
+                stopped.append(scene.results[ref].run.title)
         except UsageError as error:
             why[ref] = error.what
     if not each:
@@ -203,9 +203,7 @@ def _equal(scene: Scene, empty: Measure, pool: Pool, runs: Sequence[str], why: d
     )  # fmt: skip
 
 
-def _stopped(name: str, refs: Sequence[str]) -> list[str]:
-    return (
-        [f"{name} of {', '.join(refs)}: lengths tell wins from losses without a miss; it is stopped short"]
-        if refs
-        else []
-    )
+def _stopped(name: str, models: Sequence[str]) -> list[str]:
+    if not models:
+        return []
+    return [f"{name} of {', '.join(models)}: lengths tell wins from losses without a miss; the fit is stopped short."]

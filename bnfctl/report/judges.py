@@ -10,7 +10,7 @@ from typing import Any
 
 from bnfctl.report.collect import Run
 from bnfctl.report.evidence import Evidence, Result, title_of
-from bnfctl.report.table import DASH, Cell, Table, number
+from bnfctl.report.table import DASH, Cell, Table, number, printable
 from bnfctl.tasks.agreement import cohen_kappa, position_bias
 from bnfctl.tasks.arena_hard import battles_of
 from bnfctl.tasks.battles import VERDICTS, outcome
@@ -28,7 +28,7 @@ def judges(evidence: Evidence) -> Table | None:
     if not rows:
         return None
     columns = ("Benchmark", "Model", "Judge", "Server", "Answered as", "Prompt", "Temperature", "Fingerprint",
-               "Responses", "Null", "Why", "Flipped", "Changed", "First shown wins")  # fmt: skip
+               "Responses", "Null (%)", "Why", "Flipped (%)", "Changed (%)", "First shown wins (%)")  # fmt: skip
     caption = (
         "Fingerprint: of the protocol, the judge's prompt, model, server and parameters; figures of different ones do not "
         "compare. Null: share of the questions without a verdict that could be read. Position bias, of two games about one "
@@ -48,8 +48,8 @@ def _row(result: Result, evidence: Evidence) -> tuple[Cell, ...]:
     why = "one game per response" if bias is None else title
     return (
         Cell(title_of(result.task), title=title), Cell(_model(result.run, evidence), title=title),
-        Cell(judge["served_model"]),
-        Cell(judge["server"] or DASH), Cell(", ".join(judge["answered_as"]) or DASH), Cell(judge["prompt"] or DASH),
+        *(Cell(printable(said) or DASH) for said in (judge["served_model"], judge["server"], ", ".join(judge["answered_as"]))),
+        Cell(judge["prompt"] or DASH),
         Cell(DASH if temperature is None else f"{temperature:g}"), Cell(judge["digest"], title=judge["protocol"]),
         number(len(result.rows.judged), 0, title), _percent(nulls.total() / asked if asked else None, title),
         Cell(_most(nulls) or DASH, title=title), *(_percent(share, why) for share in shares),

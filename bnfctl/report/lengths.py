@@ -9,13 +9,13 @@ from dataclasses import replace
 import numpy as np
 
 from bnfctl.report.collect import Method
-from bnfctl.report.evidence import SHIFTS, Evidence, Result, title_of
+from bnfctl.report.evidence import SHIFTS, Evidence, Result, shared_items, title_of
 from bnfctl.report.table import DASH, Cell, Table
 from bnfctl.tasks.statistics import Array, mean_interval
 
 CAPTION = (
-    "Mean length of the responses with its 95 % interval, in tokens of the model's own tokenizer and in characters. "
-    "↑ longer, ↓ shorter than the base's. Wild-Bench's characters are of whole responses, as published; Arena-Hard's "
+    "Mean length of the responses with its 95 % interval, in tokens of the model's own tokenizer and in characters, on the "
+    "items that all rows have. ↑ longer, ↓ shorter than the base's, = the same. Wild-Bench's characters are of whole responses, as published; Arena-Hard's "
     "lengths in the paper are tokens."
 )
 
@@ -29,15 +29,16 @@ def lengths(name: str, title: str, methods: Sequence[Method], evidence: Evidence
         if task == SHIFTS:
             continue
         results = _results(evidence, task, methods)
+        shared = frozenset(shared_items([one for mine in results for one in mine]))
         found = {
-            "tokens": [_length(mine, lambda one: one.rows.tokens) for mine in results],
-            "characters": [_length(mine, _characters) for mine in results],
+            "tokens": [_length(mine, lambda one: one.rows.tokens, shared) for mine in results],
+            "characters": [_length(mine, _characters, shared) for mine in results],
         }
         kept = {unit: cells for unit, cells in found.items() if any(cell.value is not None for cell in cells)}
         if kept:
             groups.append((title_of(task), len(kept)))
             names += kept
-            columns += [_arrows(cells, methods) for cells in kept.values()]
+            columns += [_arrows(cells, methods) if shared else cells for cells in kept.values()]
     if not columns:
         return None
     rows = tuple((Cell(method.label), *cells) for method, *cells in zip(methods, *columns, strict=True))
@@ -45,10 +46,10 @@ def lengths(name: str, title: str, methods: Sequence[Method], evidence: Evidence
 
 
 def _results(evidence: Evidence, task: str, methods: Sequence[Method]) -> list[list[Result]]:
-    """The results of each method's runs; lengths are no matter of judges, so of several results the first one."""
+    """The results of each method's runs; lengths are no matter of judges: of several results the last with most items."""
     return [
         [
-            results[0]
+            max(reversed(results), key=lambda one: len(one.rows.items))
             for run in method.runs
             if (results := [one for one in evidence.of_task(task) if one.run.ref == run.ref])
         ]
@@ -57,26 +58,27 @@ def _results(evidence: Evidence, task: str, methods: Sequence[Method]) -> list[l
 
 
 def _characters(result: Result) -> Array:
-    """[k] of all responses; of Wild-Bench's those that are neither empty nor cut."""
+    """[K] of all responses; of Wild-Bench's those that are neither empty nor cut, and NaN for the others."""
     if result.task == "wildbench":
-        return np.array([row.extra["length"] for row in result.rows.judged if row.extra["whole"]], np.float64)
+        return np.array(
+            [row.extra["length"] if row.extra["whole"] else np.nan for row in result.rows.judged], np.float64
+        )
     return result.rows.characters
 
 
-def _length(results: Sequence[Result], of: Callable[[Result], Array]) -> Cell:
-    """Over all runs of a method; items count as clusters."""
-    values: list[float] = []
-    items: list[str | int] = []
-    for result in results:
-        mine = of(result)
-        whole = len(mine) == len(result.rows.items)
-        known = ~np.isnan(mine)
-        values += mine[known].tolist()
-        items += [result.rows.items[i] if whole else i for i in np.flatnonzero(known).tolist()]
-    if not values:
+def _length(results: Sequence[Result], of: Callable[[Result], Array], shared: frozenset[str]) -> Cell:
+    """Over all runs of a method, on the shared items (on its own where there are none); items count as clusters."""
+    pairs = [
+        (item, value)
+        for result in results
+        for item, value in zip(result.rows.items, of(result).tolist(), strict=True)
+        if not math.isnan(value) and (item in shared or not shared)
+    ]
+    if not pairs:
         return Cell(DASH, title="not known")
+    items, values = zip(*pairs, strict=True)
     one = mean_interval(values, items)
-    title = "; ".join(result.source for result in results)
+    title = f"{len(set(items))} items; {'; '.join(result.source for result in results)}"
     return Cell(f"{one.mean:.0f}" if one.mean >= 100 else f"{one.mean:.1f}", one.mean, one.low, one.high, title=title)
 
 

@@ -13,6 +13,7 @@ from bnfctl.config import CONFIGS
 from bnfctl.hub import split_revision
 from bnfctl.options import canonical, fields
 from bnfctl.report.collect import BASE, Method, Run
+from bnfctl.report.table import printable
 
 DISPLAYED = {
     "sft": "SFT", "nll-pll": "NLL-PLL", "slic-hf": "SLiC-HF", "dpo": "DPO", "ipo": "IPO", "kto": "KTO",
@@ -74,10 +75,13 @@ def _models(trains: Sequence[Artifact], evals: Sequence[Artifact], names: Mappin
         made_by = artifact.manifest.inputs.get("model")
         for name in artifact.manifest.summary["models"]:
             if made_by is not None and len(artifact.manifest.summary["models"]) == 1:
-                model = models.setdefault(key_of(made_by), _Model(key_of(made_by), name_of(made_by, names)))
+                key = key_of(made_by)
+                model = models.setdefault(key, _Model(key, name_of(made_by, names)))
+                if model.train is None:
+                    model.base = model.base or _base_of(artifact, evals)
             else:
                 known = next((one for one in models.values() if name in (one.key, one.named)), None)
-                model = known or models.setdefault(name, _Model(name, name, _base_of_files(artifact, evals)))
+                model = known or models.setdefault(name, _Model(name, name, _base_of(artifact, evals)))
             model.named = model.named or name
             model.evals.append(artifact)
     _tell_apart(list(models.values()))
@@ -85,15 +89,21 @@ def _models(trains: Sequence[Artifact], evals: Sequence[Artifact], names: Mappin
 
 
 def _tell_apart(models: Sequence[_Model]) -> None:
-    """Two contents under one name (two commits of a model) get the beginning of their digest to it."""
+    """Two contents under one name (two commits of a model) get the beginning of their digest to it.
+
+    Names of files are anybody's: none is the one that a base has in tables, or has characters that nobody sees.
+    """
     counts = Counter(model.name for model in models)
     for model in models:
         if counts[model.name] > 1 and model.key != model.name:
             model.name += f" ({model.key[:8]})"
+        elif model.name == BASE:
+            model.name = f"the model {BASE}"
+        model.name = printable(model.name)
 
 
-def _base_of_files(artifact: Artifact, evals: Iterable[Artifact]) -> str | None:
-    """The key of the model that `--base` of an import names."""
+def _base_of(artifact: Artifact, evals: Iterable[Artifact]) -> str | None:
+    """The key of the model that `--base` names: of an import, or of a model whose training is not here."""
     raw = artifact.manifest.inputs.get("base")
     base = next((one for one in evals if raw is not None and one.ref == raw["ref"]), None)
     pinned = base.manifest.inputs.get("model") if base is not None else None

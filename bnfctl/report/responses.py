@@ -6,6 +6,7 @@ Items on whose grades the models differ most come first, for they are what a rea
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ def side_by_side(sources: Sources, items: int = ITEMS, characters: int = CHARACT
     models = list(_models(sources))
     grades: dict[str, dict[str, dict[int, float | None]]] = {}
     for number, row in _rows(models, _COLUMNS):
-        grades.setdefault(row["task"], {}).setdefault(row["item_id"], {}).setdefault(number, row["grade"])
+        grades.setdefault(row["task"], {}).setdefault(row["item_id"], {}).setdefault(number, _graded(row["grade"]))
     chosen = {task: _chosen(found, items) for task, found in grades.items()}
     texts = _texts(models, chosen)
     room = characters // max(1, len(chosen))
@@ -102,11 +103,16 @@ def _texts(models: Sequence[_Model], chosen: dict[str, list[str]]) -> dict[tuple
 
 def _response(number: int, row: dict[str, Any]) -> dict[str, Any]:
     made = {
-        "model": number, "text": _cut(row["response"] or ""), "grade": row["grade"], "tokens": row["tokens"],
+        "model": number, "text": _cut(row["response"] or ""), "grade": _graded(row["grade"]), "tokens": row["tokens"],
         "finish": row["finish_reason"], "judge": [[part, *_cut(text)] for part, text in _judge(row["answers"])],
         "extra": _cut(json.dumps(json.loads(row["extra"]), ensure_ascii=False, indent=1)) if row["extra"] else None,
     }  # fmt: skip
     return {name: value for name, value in made.items() if value not in (None, [])}
+
+
+def _graded(grade: float | None) -> float | None:
+    """A grade that JSON can say; what is no number is none."""
+    return grade if grade is not None and math.isfinite(grade) else None
 
 
 def _cut(text: str) -> list[Any]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from bnfctl.report.collect import Method
 from bnfctl.report.measures import Measure
-from bnfctl.report.table import DASH, Cell, Table, finite
+from bnfctl.report.table import DASH, Cell, Table, finite, fixed
 from bnfctl.tasks.average_rank import Metric, Ties, average_rank, ranks
 from bnfctl.tasks.statistics import Z95, Array, Estimate, Spread, Statistic, over_seeds
 
@@ -23,13 +23,13 @@ TIES: Ties = "min"
 CAPTION = "In parentheses the rank among the rows, of the figures as printed; in brackets the 95 % interval{kinds}."
 KINDS = {
     "wilson": "Wilson's for right and wrong",
-    "normal": "normal for other grades",
+    "normal": "normal for mean grades",
     "bootstrap": "resampled prompts for judged figures",
 }
 AVERAGE = " Average rank: the mean over the ranked columns; its interval resamples the items of each benchmark and ranks all again."
 SEEDS = (
     " Several training seeds: mean ± standard deviation over seeds; the interval is for new items and new seeds, and too narrow "
-    "with two or three seeds that differ much. The average rank's is for new items only."
+    "where two or three seeds differ by more than the items explain. The average rank's is for new items only."
 )
 
 
@@ -87,7 +87,7 @@ def statistic_of(measure: Measure, methods: Sequence[Method]) -> Statistic:
 
 def standing(
     name: str, title: str, methods: Sequence[Method], measures: Sequence[Measure], warnings: Sequence[str] = (),
-    first: str = "Method", labels: Sequence[str] = (), about: str = "", average: bool = True,
+    first: str = "Method", labels: Sequence[str] = (), about: str = "",
 ) -> Table:  # fmt: skip
     """The table of these methods.  labels: of the rows, where they are not the methods'; first: what those are."""
     columns = [_column(measure, methods) for measure in measures]
@@ -96,13 +96,13 @@ def standing(
         for row, cell in zip(rows, column, strict=True):
             row.append(cell)
     groups, names = _groups(measures), [first, *(measure.name for measure in measures)]
-    counted = _counted(methods, measures) if average else []
+    counted = _counted(methods, measures)
     if counted:
         groups, names = (*groups, ("Average", 1)), [*names, "Rank"]
         for row, cell in zip(rows, _average(methods, counted), strict=True):
             row.append(cell)
     notes = list(dict.fromkeys(note for measure in measures for note in measure.notes))
-    left = [one.full_name for one in measures if average and one.counted and one not in counted]
+    left = [one.full_name for one in measures if one.counted and one not in counted]
     if left and counted:
         notes.append(f"Not in the average rank, since rows have no figure there: {', '.join(left)}.")
     several = any(len(method.runs) > 1 for method in methods)
@@ -158,7 +158,7 @@ def _cell(measure: Measure, method: Method, figure: Figure, rank: float | None) 
     title = f"{one.n} items; {'; '.join(sources)}" + (f"; without {', '.join(lacking)}" if lacking else "")
     low, high = finite(one.low, one.high)
     sd = figure.spread.sd if figure.spread else None
-    text = f"{np.round(one.mean, measure.decimals):.{measure.decimals}f}"  # rounded as `average_rank` does it
+    text = fixed(float(np.round(one.mean, measure.decimals)), measure.decimals)  # rounded as `average_rank` does it
     return Cell(text, one.mean, low, high, rank, title, sd, best=rank == 1)
 
 

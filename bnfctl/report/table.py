@@ -50,14 +50,17 @@ class Table:
     """Headings over several columns: (heading, columns), from the left; all columns, or none."""
 
 
-_MARKUP = str.maketrans(
-    {**{c: f"\\{c}" for c in "\\`*_{}[]#|~$"}, "<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ", "\r": " "}
-)
+def printable(text: str) -> str:
+    """A text whose control characters, turned directions, line ends and lone surrogates are spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+_MARKUP = str.maketrans({**{c: f"\\{c}" for c in "\\`*_{}[]#|~$"}, "<": "&lt;", ">": "&gt;", "&": "&amp;"})
 
 
 def plain_markdown(text: str) -> str:
     """A text as Markdown shows it, on one line: nothing in it is markup or HTML."""
-    return text.translate(_MARKUP)
+    return printable(text.replace("\n", " ").replace("\r", " ")).translate(_MARKUP)
 
 
 def as_markdown(table: Table) -> str:
@@ -90,7 +93,7 @@ def shown(cell: Cell) -> str:
     if cell.rank is not None:
         parts.append(f"({cell.rank:.0f})")
     if cell.low is not None and cell.high is not None:
-        parts.append(f"[{cell.low:{sign}.{decimals}f}, {cell.high:{sign}.{decimals}f}]")
+        parts.append(f"[{fixed(cell.low, decimals, sign)}, {fixed(cell.high, decimals, sign)}]")
     return " ".join(parts)
 
 
@@ -98,7 +101,12 @@ def number(value: float | None, decimals: int = 2, title: str = "", sign: str = 
     """A cell with a number, or a dash where there is none."""
     if value is None or not math.isfinite(value):
         return Cell(DASH, title=title)
-    return Cell(f"{value:{sign},.{decimals}f}".replace(",", "" if abs(value) < 10000 else ","), value, title=title)
+    return Cell(fixed(value, decimals, f"{sign},").replace(",", "" if abs(value) < 10000 else ","), value, title=title)
+
+
+def fixed(value: float, decimals: int, form: str = "") -> str:
+    """A number with so many decimals; form: "+" for a sign, "," between thousands.  No zero is negative."""
+    return f"{round(value, decimals) + 0.0:{form}.{decimals}f}"
 
 
 def finite(*bounds: float) -> tuple[float | None, ...]:
@@ -118,7 +126,7 @@ def _line(cells: Iterable[str]) -> str:
 def as_csv(table: Table) -> str:
     """The table for programs: a column of numbers is followed by its low, high, sd and rank, where any row has them.
 
-    A column without numbers is its text.  Numbers are in full precision; an empty field is no number.
+    A column without numbers is its text.  Numbers are in full precision; an empty field is no number, or no text.
     """
     names: list[str] = []
     columns: list[list[str]] = []
@@ -126,7 +134,7 @@ def as_csv(table: Table) -> str:
         cells = [row[place] for row in table.rows]
         if all(cell.value is None for cell in cells):
             names.append(name)
-            columns.append([_harmless(cell.text) for cell in cells])
+            columns.append(["" if cell.text == DASH else _harmless(cell.text) for cell in cells])
             continue
         for part, suffix in (("value", ""), ("low", " low"), ("high", " high"), ("sd", " sd"), ("rank", " rank")):
             values = [getattr(cell, part) for cell in cells]
@@ -137,11 +145,15 @@ def as_csv(table: Table) -> str:
         columns.append([_harmless(cell.title) for cell in cells])
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(names)
+    writer.writerow(map(_harmless, names))
     writer.writerows(zip(*columns, strict=True))
     return out.getvalue()
 
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+"""What a spreadsheet's formula begins with, in some languages in wide characters."""
+
+
 def _harmless(text: str) -> str:
-    """A text that no spreadsheet takes for a formula."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+    """A text that no spreadsheet takes for a formula, on one line."""
+    return f"'{printable(text)}" if text.startswith(_FORMULA) else printable(text)

@@ -47,17 +47,23 @@ def write(artifacts: Sequence[Artifact], store: Store, out: Path, title: str | N
     listed = [(figure.title, figure.caption) for figure in drawn]
     try:
         # The mark comes first: what a crash leaves is then known as ours.
-        durable.write_bytes(out / MARKDOWN, markdown(document, listed).encode())
+        _put(out / MARKDOWN, markdown(document, listed))
         for name, text in tables.items():
-            durable.write_bytes(out / TABLES / name, text.encode())
-        durable.write_bytes(out / PAGE, page.encode())
+            _put(out / TABLES / name, text)
+        _put(out / PAGE, page)
         for left in (out / TABLES).iterdir():
-            if left.name not in tables:
-                left.unlink()
+            # Temporary files may be those of another report that is written here now.
+            if left.name not in tables and not _is_torn(left):
+                left.unlink(missing_ok=True)
     except OSError as error:
         what = f"could not write the report: {error.strerror or error}"
         raise BnfctlError(what, where=str(out), hint="check its permissions and the free disk; run it again") from None
     return Written(out / PAGE, out / MARKDOWN, tuple(out / TABLES / name for name in tables))
+
+
+def _put(path: Path, text: str) -> None:
+    """Half of a surrogate pair (an answer of a judge that was cut there) has no bytes: it is written as its escape."""
+    durable.write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def check_folder(out: Path) -> None:

@@ -78,6 +78,19 @@ def test_a_trained_model_can_be_a_base_too(store: Store) -> None:
     assert [row[0].text for row in tables["main-owner-base"].rows] == ["SFT"]
 
 
+def test_a_model_whose_training_is_gone_belongs_to_the_base_it_was_compared_with(store: Store) -> None:
+    run = trained(store, publish_build(store))
+    base = publish(store, ROWS)
+    made = publish(store, ROWS, run.pinned(), base=base)
+    shutil.rmtree(run.path)
+    assert labels([made], store) == [("owner/base", "Base", 1), ("owner/base", run.ref, 1)]
+
+
+def test_a_model_of_a_file_is_no_base_whatever_it_is_called(store: Store) -> None:
+    made = collect([publish(store, {"Base": ROWS, "a\u202eb\n": ROWS}, None)], store).methods
+    assert [(method.label, method.is_base) for method in made] == [("the model Base", False), ("a\\u202eb\\n", False)]
+
+
 def test_two_commits_of_a_model_are_two_bases(store: Store) -> None:
     other = dataclasses.replace(BASE, ref="owner/base@ffff", digest="c" * 64)
     found = collect([publish(store, ROWS, one) for one in (BASE, other)], store)
@@ -136,3 +149,19 @@ def test_an_eval_of_the_older_version_is_refused(store: Store) -> None:
 def test_nothing_to_report_on_is_an_error(store: Store) -> None:
     with pytest.raises(UsageError, match="nothing to report on"):
         collect([], store)
+    with store.draft(Plan("reference", 1, TrainConfig(model="lab", data="x"), {})) as draft:
+        draft.open()
+        reference = draft.publish({})
+    with pytest.raises(UsageError, match="no report shows"):
+        collect([reference], store)
+
+
+def test_bases_of_one_slug_or_of_long_names_have_tables_of_their_own(store: Store) -> None:
+    names = ["o/a b", "o/a-b", "o/a b-2", f"o/{'x' * 250}"]
+    runs = [
+        trained(store, publish_build(store), dataclasses.replace(BASE, ref=f"{name}@1", digest=str(n) * 64))
+        for n, name in enumerate(names)
+    ]
+    found = document_of(collect([publish(store, ROWS, run.pinned()) for run in runs], store), draws=20)
+    ids = [table.id for table in found.tables]
+    assert len(set(ids)) == len(ids) and max(map(len, ids)) < 100 and sum(one.startswith("main-") for one in ids) == 4

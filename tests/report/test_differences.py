@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from statistics import stdev
 
 import pytest
 
 from bnfctl.artifact import Store
+from bnfctl.evaluation.shown import p_text
 from bnfctl.report.collect import Sources, collect
-from bnfctl.report.differences import against_base, between, shown_p
+from bnfctl.report.differences import COLUMNS, MCNEMAR, MOST, SEEDS, against_base, between
+from bnfctl.report.document import document_of
 from bnfctl.report.evidence import Evidence
 from bnfctl.report.measures import measures_of
 from bnfctl.report.table import DASH, Table
@@ -70,6 +73,9 @@ def test_holm_counts_every_test_of_the_table(made: tuple[Table, Table]) -> None:
         assert f"all {len(table.rows)} tests" in table.caption
         assert [row[4].best for row in table.rows] == [(row[4].value or 0) < 0.05 for row in table.rows]
     first, second = made
+    assert first.columns == (*COLUMNS, *MCNEMAR) and second.columns == COLUMNS, (
+        "no test of the second has one seed each"
+    )
     assert len(first.rows) == 2 * len(second.rows)  # two methods against the base, one pair between them
 
 
@@ -96,6 +102,44 @@ def test_judged_figures_are_refitted_on_the_same_resamples(made: tuple[Table, Ta
     assert row[3].value is not None and row[3].value < 0.02 and (row[2].low or 0) > 0
 
 
+def test_one_item_says_nothing_however_many_seeds_agree(store: Store) -> None:
+    build = publish_build(store, records=10)
+    base = publish(store, [*graded("gsm8k", [0.0]), *arena([("A>B", "A>B")])])
+    runs = [publish_train(store, build, "bnf", seed, steps=1).pinned() for seed in (0, 1)]
+    evals = [publish(store, [*graded("gsm8k", [1.0]), *arena([("B>A", "B>A")])], run, base=base) for run in runs]
+    methods = collect(evals, store).methods
+    measures, _ = measures_of(Evidence(collect(evals, store), draws=50), [run for one in methods for run in one.runs])
+    table = against_base("a", "a", methods, measures)
+    assert table is not None and [row[3].value for row in table.rows] == [1.0] * len(table.rows)
+    assert SEEDS in table.caption
+
+
+def test_what_has_no_interval_is_shown_without_one(store: Store) -> None:
+    found = sources(store)
+    measures, _ = measures_of(Evidence(found, draws=20), [run for method in found.methods for run in method.runs])
+    rate = next(one for one in measures if one.name == "WR (%)")
+    assert rate.resampled is not None
+    rate.resampled.values[:] = math.nan
+    table = against_base("a", "a", [method for method in found.methods if len(method.runs) == 1], [rate])
+    assert table is not None
+    (row,) = table.rows
+    assert (row[2].low, row[2].high, row[5].text) == (None, None, DASH)
+
+
+def test_too_many_methods_are_not_compared_two_by_two(store: Store) -> None:
+    grades = {f"m{n}": graded("gsm8k", [1.0, 0.0]) for n in range(MOST + 1)}
+    found = document_of(collect([publish(store, grades, None)], store), draws=20)
+    assert [table.id for table in found.tables] == ["main", "lengths"]
+    assert between("b", "b", found.sources.methods, []) is None
+    assert found.notes == (
+        f"More than {MOST} methods are not compared two by two: too many tests to read and to correct for.",
+    )
+    del grades["m0"]
+    assert "between" in [
+        table.id for table in document_of(collect([publish(store, grades, None)], store), draws=20).tables
+    ]
+
+
 def test_without_a_base_or_a_second_method_there_is_no_table(store: Store) -> None:
     alone = collect([publish(store, graded("gsm8k", BASE))], store)
     measures, _ = measures_of(Evidence(alone), [run for method in alone.methods for run in method.runs])
@@ -104,4 +148,4 @@ def test_without_a_base_or_a_second_method_there_is_no_table(store: Store) -> No
 
 
 def test_p_values_have_an_end() -> None:
-    assert [shown_p(p) for p in (0.0, 0.00012, 0.034, 0.5, 1.0)] == ["< 0.0001", "0.00012", "0.034", "0.50", "1.00"]
+    assert [p_text(p) for p in (0.0, 0.00012, 0.034, 0.5, 1.0)] == ["< 0.0001", "0.00012", "0.034", "0.50", "1.00"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -78,6 +79,7 @@ def test_boxes_say_the_percentiles_of_all_seeds(
     assert [row[0] for row in rows] == ["DPO", "BNF"]
     assert "n = 48 responses per method, seeds pooled" in drawn[figure].caption
     assert "95 % interval (normal, prompts as clusters)" in drawn[figure].caption
+    assert "Ticks under a box: the mean of each seed" in drawn[figure].caption
 
 
 def dots(figure: Figure) -> int:
@@ -124,6 +126,15 @@ def test_nothing_is_drawn_of_what_is_not_there(tmp_path: Path) -> None:
     store = Store(tmp_path / "artifacts")
     rows = [eval_row("gsm8k", BASE.ref, item, "x", 1.0) for item in range(3)]
     assert figures(collect([publish_eval(store, BASE, rows)], store)) == []
+
+
+def test_numbers_beyond_any_axis_are_left_out(tmp_path: Path) -> None:
+    store = Store(tmp_path / "artifacts")
+    train = publish_train(store, publish_build(store, records=5), "bnf", 0, steps=3)
+    lines = [{"step": step, "split": "train", "margin": value} for step, value in ((1, 1.0), (2, 1e308), (3, -1e308))]
+    (train.path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (curves,) = [one for one in figures_training.figures(collect([train], store)) if one.id == "training-margin"]
+    assert curves.numbers[1][-2] == "1"
 
 
 def test_a_line_is_the_mean_over_seeds_at_the_steps_of_all() -> None:

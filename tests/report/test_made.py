@@ -110,6 +110,22 @@ def test_lengths_are_means_with_arrows_against_the_base(store: Store) -> None:
     assert [row["Wild-Bench: characters"].text for row in rows] == ["300", "200 ↓", DASH]
 
 
+def test_lengths_are_of_the_items_that_all_have(store: Store) -> None:
+    """Else an arrow would say how other items are, not other models."""
+    base = publish(store, [*graded("gsm8k", [1.0] * 2, words=10), *graded("gsm8k", [1.0] * 2, first=2, words=50),
+                           *wild([5.0] * 2, length=300), *graded("crux", [1.0], words=10)])  # fmt: skip
+    tuned = publish_train(store, publish_build(store, records=20), "bnf", 0, 1).pinned()
+    rows = [*graded("gsm8k", [1.0] * 2, words=10), *wild([5.0], length=300), *graded("crux", [1.0], first=9, words=12)]
+    few = publish(store, graded("gsm8k", [1.0], words=99), tuned)
+    found = collect([base, few, publish(store, rows, tuned)], store)
+    table = lengths("lengths", "t", found.methods, Evidence(found))
+    rows = [cells(table, n) for n in range(2)]
+    assert [row["GSM8K: tokens"].text for row in rows] == ["10.0", "10.0 ="]
+    assert rows[0]["GSM8K: tokens"].title.startswith("2 items; ")
+    assert [row["Wild-Bench: characters"].text for row in rows] == ["300", "300 ="]
+    assert [row["CRUX: tokens"].text for row in rows] == ["10.0", "12.0"], "no item in common, no arrow"
+
+
 def judged_twice(store: Store) -> list[Artifact]:
     """One model, judged by two judges, of which the second turns some verdicts; and one response is another."""
     firsts = [("B>A", "A>B"), ("A>B", "A>B"), ("A=B", "A=B"), ("B>>A", None)]
@@ -130,14 +146,14 @@ def test_judges_show_null_verdicts_and_position_bias(store: Store) -> None:
         for row in (cells(table, n) for n in range(4))
         if [row[n].text for n in ("Benchmark", "Judge")] == ["Arena-Hard", "first"]
     )
-    assert row["Fingerprint"].text == judge("first").digest and row["Null"].value == pytest.approx(100 / 8)
+    assert row["Fingerprint"].text == judge("first").digest and row["Null (%)"].value == pytest.approx(100 / 8)
     assert row["Why"].text == "no label 1"
     # of the three prompts with both games, the second is won once by each side
-    assert row["Flipped"].value == pytest.approx(100 / 3) and row["Changed"].value == pytest.approx(100 / 3)
+    assert row["Flipped (%)"].value == pytest.approx(100 / 3) and row["Changed (%)"].value == pytest.approx(100 / 3)
     # two of the four games that are no tie went to the response shown second, two to the first
-    assert row["First shown wins"].value == pytest.approx(100 * 3 / 4)
+    assert row["First shown wins (%)"].value == pytest.approx(100 * 3 / 4)
     wild_row = cells(table, 0)
-    assert wild_row["Benchmark"].text == "Wild-Bench" and wild_row["Flipped"].text == DASH
+    assert wild_row["Benchmark"].text == "Wild-Bench" and wild_row["Flipped (%)"].text == DASH
 
 
 def test_agreement_is_of_the_same_responses_only(store: Store) -> None:

@@ -195,6 +195,11 @@ def test_a_long_table_is_folded_and_a_short_one_is_not(store: Store, tmp_path: P
     assert "rows</summary>" not in rendered(replace(table, rows=rows[:-1]), Store(tmp_path / "other"))
 
 
+def test_a_grade_that_is_no_number_is_none() -> None:
+    """JSON, which the page is read from, has no NaN."""
+    assert [responses._graded(grade) for grade in (0.5, None, float("nan"), float("inf"))] == [0.5, None, None, None]
+
+
 def test_items_on_which_the_models_differ_come_first_then_all_in_order(store: Store) -> None:
     base, one = rows_of("gsm8k", [1, 0, 1, None, 0]), rows_of("gsm8k", [1, 0.5, 0, 1, 1])
     data = side_by_side(sources_of(store, base, one))

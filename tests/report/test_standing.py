@@ -65,6 +65,23 @@ def test_the_papers_numbers_give_the_papers_ranks(base: str) -> None:
     assert [row[0].text for row in table.rows if row[9].best] == ["BNF"]
 
 
+def test_the_papers_pairing_ratios_have_the_papers_average_ranks() -> None:
+    """Table 6: its last column."""
+    figures = {
+        "Base": (1131, 29.2, 33.9, 36.1, 78.5, 6.8, 38.1, 62.4), "0%": (1146, 36.0, 49.3, 48.4, 80.1, 9.4, 35.6, 62.2),
+        "25%": (1148, 36.2, 51.5, 49.7, 77.9, 9.3, 36.7, 61.8), "50%": (1148, 36.7, 53.5, 51.4, 76.4, 10.0, 37.9, 61.2),
+        "100%": (1153, 37.5, 54.8, 52.1, 77.0, 9.3, 35.4, 61.4),
+    }  # fmt: skip
+    methods = [method(label) for label in figures]
+    columns = zip(*figures.values(), strict=True)
+    measures = [
+        constant(name, methods, list(one), int(m > 0))
+        for m, (name, one) in enumerate(zip(METRICS, columns, strict=True))
+    ]
+    table = standing("pairing", "t", methods, measures)
+    assert [row[9].text for row in table.rows] == ["3.63", "3.13", "2.88", "2.63", "2.50"]
+
+
 def method(label: str, seeds: int = 1, base: str = "owner/base") -> Method:
     runs = [Run(f"{label}-{seed}", label, label, seed, base, None, (), None, None) for seed in range(seeds)]
     return Method(label, base, tuple(runs))
@@ -104,6 +121,26 @@ def test_seeds_become_mean_deviation_and_a_wider_interval() -> None:
     assert cells[0].low == pytest.approx(44 - 1.959964 * expected.error, abs=1e-6)
     assert (cells[1].low, cells[1].high, cells[1].sd) == (48, 52, None)
     assert [cell.rank for cell in cells] == [2, 1]
+
+
+def test_seeds_that_agree_have_the_interval_of_one_of_them(store: Store) -> None:
+    """Wilson's is not even about the mean, and what it lacks on one side must not narrow the other."""
+    build, one = publish_build(store), wilson([1.0] * 19 + [0.0])
+    graded_alike = graded("gsm8k", [1.0] * 19 + [0.0]) + graded("lab-chat", [1.0] * 19 + [0.4])
+    seeds = [publish(store, graded_alike, publish_train(store, build, "bnf", seed, 2).pinned()) for seed in (0, 1)]
+    (row,) = main_table(seeds, store).rows
+    assert (row[1].low, row[1].high, row[1].sd) == (pytest.approx(100 * one.low), pytest.approx(100 * one.high), 0)
+    (alone,) = main_table(seeds[:1], store).rows
+    assert alone[2].high == 100, "clipped"
+    assert (row[2].low, row[2].high) == (pytest.approx(alone[2].low), 100)
+
+
+def test_a_caption_says_which_intervals_they_are(store: Store) -> None:
+    made = [*graded("gsm8k", [1.0, 0.0]), *graded("lab-chat", [0.4, 0.2])]
+    assert (
+        "interval (Wilson's for right and wrong, normal for mean grades)."
+        in main_table([publish(store, made)], store).caption
+    )
 
 
 def world(store: Store, **judges: str) -> list[Artifact]:
@@ -270,6 +307,17 @@ def test_a_model_that_nobody_voted_on_has_no_elo(store: Store) -> None:
     assert column(table, "Wild-Bench", "Score")["one"].value == 0
 
 
+def test_a_fit_that_was_stopped_short_is_said_by_the_models_names(store: Store) -> None:
+    build = publish_build(store)
+    games = arena([("A>B", "B>A"), ("B>A", "A>B")] * 10, [50, 200])  # the longer response always wins
+    runs = [publish_train(store, build, "bnf", seed, 2).pinned() for seed in (0, 1)]
+    caption = main_table([publish(store, games, run) for run in runs], store).caption
+    assert (
+        "LC equal of BNF, seed 0, BNF, seed 1: lengths tell wins from losses without a miss; the fit is stopped short."
+        in caption
+    )
+
+
 def test_rewards_of_pairs_are_those_of_the_task(store: Store) -> None:
     given = [("A+", "B++", "A=B"), ("A++", "A=B", "A=B"), ("B+", None, "A=B")] * 4
     choices = [dict(zip(REFERENCES, one, strict=True)) for one in given]
@@ -306,7 +354,7 @@ def test_pairing_ratios_make_a_table_of_their_own(store: Store) -> None:
     acc = column(tables["pairing"], "GSM8K", "Acc (%)")
     assert [acc[label].value for label in ("Base", "0%", "50%", "100%")] == [30, 40, 50, 60]
     assert [acc[label].rank for label in ("Base", "0%", "50%", "100%")] == [4, 3, 2, 1]
-    assert "Average" not in dict(tables["pairing"].groups)
+    assert tables["pairing"].groups[-1] == ("Average", 1)
 
 
 def test_the_pinned_base_is_named_without_its_commit(store: Store) -> None:

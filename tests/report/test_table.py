@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from bnfctl.report.table import Cell, Table, as_csv, as_markdown, number, shown
+from bnfctl.report.table import DASH, Cell, Table, as_csv, as_markdown, fixed, number, plain_markdown, shown
 
 TABLE = Table(
     "t", "A <b>title</b>", "Caption | with * marks.", ("Method", "Score", "Why"),
@@ -41,9 +41,19 @@ def test_csv_has_a_column_for_each_number() -> None:
     assert (rows[2]["Bench: Score"], rows[2]["Bench: Score source"]) == ("", "not evaluated")
 
 
+def test_a_text_in_a_csv_is_no_formula_has_no_hidden_characters_and_no_dash() -> None:
+    given = ("=1+1", "+1", "-1", "@x", "\t=1", "\n=1", "＝1", "a\x00b", "\u202egnp", "half \ud83d", "数", DASH)
+    said = ("'=1+1", "'+1", "'-1", "'@x", "'\\t=1", "'\\n=1", "'＝1", "a\\x00b", "\\u202egnp", "half \\ud83d", "数", "")
+    made = as_csv(Table("t", "t", "", ("=name",), tuple((Cell(text),) for text in given)))
+    assert [row[0] if row else "" for row in csv.reader(io.StringIO(made))] == ["'=name", *said]
+    assert "\u202e" not in plain_markdown("a\u202eb") and plain_markdown("a\nb\x07") == "a b\\\\x07"
+
+
 def test_bounds_have_the_numbers_decimals_and_sign() -> None:
     assert shown(Cell("+1.25", 1.25, -0.5, 3.0)) == "+1.25 [-0.50, +3.00]"
     assert shown(Cell("469 ↓", 469, 450.4, 480.6)) == "469 ↓ [450, 481]"
+    assert shown(Cell("0.0", -0.04, -0.04, 0.04)) == "0.0 [0.0, 0.0]"
+    assert [fixed(-0.004, 2, "+"), fixed(-0.005001, 2), fixed(-12345.6, 0, ",")] == ["+0.00", "-0.01", "-12,346"]
     assert shown(Cell("12 : 5, p 0.14", 0.14)) == "12 : 5, p 0.14"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,27 @@ def test_an_earlier_report_is_replaced_whole(store: Store, evals: list[Artifact]
     assert "main.csv" in {path.name for path in written.tables} and "training.csv" not in {
         p.name for p in written.tables
     }
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_half_of_a_surrogate_pair_is_written_as_its_escape(store: Store, tmp_path: Path) -> None:
+    """A judge's answer or a command line may hold one; UTF-8 has no bytes for it."""
+    rows = [{**row, "extra": json.dumps({"said": "half \ud83d"})} for row in graded("gsm8k", [1.0, 0.0])]
+    written = write([publish(store, rows)], store, tmp_path / "report", "title \udcff")
+    page = written.index.read_text(encoding="utf-8")
+    assert "half \\ud83d" in page and "<title>title \\udcff</title>" in page
+    assert "# title \\\\udcff" in written.markdown.read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_files_that_another_report_is_writing_are_left_to_it(
+    store: Store, evals: list[Artifact], tmp_path: Path
+) -> None:
+    torn = tmp_path / "report" / "tables" / ".main.csv.1.tmp"
+    write(evals, store, tmp_path / "report")
+    torn.write_text("half of")
+    write(evals, store, tmp_path / "report")
+    assert torn.read_text() == "half of"
 
 
 @pytest.mark.usefixtures("no_figures")
