@@ -19,7 +19,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -63,6 +63,8 @@ class Plan:
     """What was chosen on the user's behalf, and why."""
     versions: dict[str, str] = field(default_factory=dict)
     """Of what decides the content beside the stage itself (tasks); in the key."""
+    hints: dict[str, str] = field(default_factory=dict)
+    """Input -> what to type where it is not resolved."""
 
     @property
     def unresolved(self) -> list[Pinned]:
@@ -70,11 +72,12 @@ class Plan:
 
     def require_resolved(self, where: str) -> None:
         """UsageError where an input could not be pinned, BnfctlError where no server answered."""
-        for pinned in self.unresolved:
-            if pinned.kind == "server":
-                raise BnfctlError(str(pinned.why), where=pinned.ref, hint="is it up?  The same command resumes")
-            hint = "bnfctl doctor checks the hub access; a folder or a file works without it"
-            raise UsageError(f"could not resolve {pinned.ref}: {pinned.why}", where=where, hint=hint)
+        for name, pinned in self.inputs.items():
+            if pinned.digest is None and pinned.kind == "server":
+                raise BnfctlError(str(pinned.why), where=pinned.ref, hint="is it up? The same command resumes")
+            if pinned.digest is None:
+                hint = self.hints.get(name, "bnfctl doctor checks the hub access; a folder or a file works without it")
+                raise UsageError(f"could not resolve {pinned.ref}: {pinned.why}", where=where, hint=hint)
 
     def asked(self) -> dict[str, Any]:
         """The document whose fingerprint is the key."""
@@ -141,9 +144,9 @@ class Artifact:
             if entry["path"].startswith(f"{folder}/"):
                 shard = self.path / entry["path"]
                 if not shard.is_file() or digests.hash_file(shard) != entry["sha256"]:
-                    state = "changed" if shard.is_file() else "missing"
-                    hint = f"bnfctl verify {self.ref}; then bnfctl rm {self.ref} --force and make it again"
-                    what = f"corrupted artifact: {entry['path']} is {state}"
+                    what = f"corrupted artifact: {entry['path']} is {'changed' if shard.is_file() else 'missing'}"
+                    at = f"{self.ref} --home {self.path.parent.parent}"
+                    hint = f"bnfctl verify {at}; then bnfctl rm {at} --force, and make it again"
                     raise BnfctlError(what, where=str(self.path), hint=hint)
                 yield shard
 
@@ -209,8 +212,7 @@ class Draft:
 
     def start_over(self) -> None:
         """Forget what an earlier run left, except its log; once: an interrupted forced run is resumed like any other."""
-        mark = self.scratch / "forced"
-        if mark.exists():
+        if (mark := self.scratch / "forced").exists():
             return
         for path in self.path.glob("*"):
             if path.is_dir() and path.name != "log":
@@ -283,8 +285,8 @@ class Store:
 
     def holds(self, path: Path) -> bool:
         """Whether a path is where this store keeps an artifact."""
-        place = path.resolve()
-        return place.parent.parent == self.home.resolve() and place.parent.name in KINDS
+        kind = path.resolve().parent
+        return kind.parent == self.home.resolve() and kind.name in KINDS
 
     def folders(self, stage: str | None = None, whole: bool = True) -> list[Path]:
         """The folders of artifacts; `whole`: only those with a manifest.  Other folders in the home are not ours."""
@@ -367,18 +369,16 @@ class Store:
 
 
 def _readable(path: Path) -> Artifact | None:
-    try:
+    with suppress(UsageError):  # `verify` names it; it must not hide the others
         return Artifact(path)
-    except UsageError:
-        return None  # `verify` names it; it must not hide the others
+    return None
 
 
 def _taken(file: IO[str]) -> bool:
-    try:
+    with suppress(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        return True
+    return False
 
 
 @contextmanager

@@ -80,7 +80,8 @@ def show(artifact: Artifact) -> str:
         ("provenance", manifest.provenance),
     ):
         lines.append(f"{title}:")
-        lines += [f"  {name}: {_plain(value)}" for name, value in values.items() if value not in (None, [], {})]
+        shown = {name: _plain(value) for name, value in values.items() if value not in (None, [], {})}
+        lines += [f"  {name}: {text}" for name, text in shown.items() if text]
     lines.append(f"files: {len(manifest.files)}, {human(sum(entry['size'] for entry in manifest.files))}")
     return "\n".join(lines)
 

@@ -253,7 +253,10 @@ def main() -> None:
     except typer.Abort:
         code = 1
     except _ClickError as error:
-        code = _fail(UsageError(error.format_message(), hint="bnfctl --help, or bnfctl COMMAND --help"))
+        command = next((word for word in sys.argv[1:2] if word in {*CONFIGS, *verbs.VERBS, "run"}), None)
+        code = _fail(
+            UsageError(error.format_message(), hint=f"bnfctl {command} --help" if command else "bnfctl --help")
+        )
     machine.leave(code)
 
 

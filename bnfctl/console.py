@@ -76,16 +76,20 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     """A table as text, as wide as its content; `right` are the columns to align right."""
     from rich import box
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
 
     drawn = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for index, column in enumerate(columns):
-        drawn.add_column(column, justify="right" if index in right else "left", overflow="fold")
+        number = index in right
+        drawn.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number)
     for row in rows:
         drawn.add_row(*(str(cell) for cell in row))
-    console = Console(width=_width(), color_system=None, highlight=False, markup=False, emoji=False)
+    console = Console(width=10_000, color_system=None, highlight=False, markup=False, emoji=False)
+    # A terminal that is too narrow breaks lines; a number that is broken in its middle could not be read.
+    width = max(_width(), Measurement.get(console, console.options, drawn).minimum)
     with console.capture() as captured:
-        console.print(drawn)
+        console.print(drawn, width=width)
     return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
 
 

@@ -209,7 +209,9 @@ def resolve(
         if field.name not in values:
             if field.default is dataclasses.MISSING:
                 flag = field.name.upper() if field.metadata["positional"] else flag_name(field.name)
-                raise UsageError(f"{field.name} is missing", where=flag, hint=field.metadata["help"])
+                words = allowed(field)
+                hint = field.metadata["help"] + (f" One of: {', '.join(words)}." if words else "")
+                raise UsageError(f"{field.name} is missing", where=flag, hint=hint)
             values[field.name], origin[field.name] = field.default, "default"
     return cls(**values), origin
 

@@ -102,7 +102,8 @@ def _spent(usage: dict[str, int]) -> str:
     """What the judge cost, for people."""
     parts = [f"{usage['requests']} calls", f"{usage['cached']} answered before"]
     parts += [f"{usage['retries']} retries"] if usage["retries"] else []
-    return f"{', '.join(parts)}; {usage['prompt_tokens']} + {usage['completion_tokens']} tokens"
+    tokens = f"{usage['prompt_tokens']} tokens of prompts and {usage['completion_tokens']} of answers"
+    return f"{', '.join(parts)}; {tokens} in all of them"
 
 
 def calls_ahead(calls: dict[str, Any], exact: bool) -> str:
@@ -111,5 +112,5 @@ def calls_ahead(calls: dict[str, Any], exact: bool) -> str:
     least = "" if exact else "at most "
     return (
         f"{least}{calls['calls']} calls, about {calls['prompt_tokens']} tokens{more}, "
-        f"and at most {calls['response_tokens_at_most']} tokens of answers"
+        f"and at most {calls['response_tokens_at_most']} tokens of answers; what was answered before costs nothing"
     )

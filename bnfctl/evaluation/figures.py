@@ -52,6 +52,10 @@ def figures(task: AnyTask, rows: Rows, base: Artifact | None, judges: Mapping[st
         }
     if base is not None:
         theirs = _only(_by_model(rows_of(base, task.name, _COLUMNS)), base)
+        if isinstance(task, JudgedTask):
+            judged = {f"{model} (base)": found["judge"] for model, found in _models_of(base, task.name).items()}
+            judged |= {model: found["judge"] for model, found in result["models"].items()}
+            result["warnings"] = differing(judged)
         for model, of_model in mine.items():
             result["models"][model] |= _gain(task, of_model, theirs)
     if 1 < len(mine) <= MOST:
@@ -74,6 +78,11 @@ def with_holm(tasks: dict[str, Any]) -> dict[str, Any]:
         for key, found in gains.items():
             found["p_holm"] = adjusted[json.dumps(key)]
     return tasks
+
+
+def _models_of(artifact: Artifact, task: str) -> dict[str, Any]:
+    models: dict[str, Any] = artifact.manifest.summary["tasks"][task]["models"]
+    return models
 
 
 def _by_model(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:

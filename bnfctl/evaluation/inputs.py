@@ -74,6 +74,7 @@ def pin_items(config: EvalConfig, store: Store) -> dict[str, Pinned]:
         if source is None or (name == SHIFTS and config.shift_prompts is not None):
             continue
         if config.data_dir is not None:
+            _existing(config.data_dir, "--data-dir", "folder")
             files_in = getattr(task, "files_in", lambda folder, source=source: {"": source.local(folder)})
             pins = {part: pin_data(str(path), store, "--data-dir") for part, path in files_in(Path(config.data_dir)).items()}  # fmt: skip
         else:
@@ -87,12 +88,31 @@ def pin_items(config: EvalConfig, store: Store) -> dict[str, Pinned]:
     return found
 
 
+def hints_for(config: EvalConfig) -> dict[str, str]:
+    """Input -> what to type where the hub cannot be reached."""
+    found = {}
+    for name in config.tasks:
+        source = getattr(load(TASKS, name, "task"), "source", None)
+        if source is not None:
+            other = "--shift-prompts FILE, or " if name == SHIFTS else ""
+            found[f"items-{name}"] = f"{other}--data-dir FOLDER with {source.wanted} in it"
+    return found
+
+
+def _existing(path: str, where: str, what: str) -> Path:
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise UsageError(f"no such {what} '{path}'", where=where, hint="check the path")
+    return found
+
+
 def pin_files(config: EvalConfig, store: Store) -> dict[str, Pinned]:
     """The files and models that flags name, beside the model."""
     found: dict[str, Pinned] = {}
     for field in ("template", "judge_prompt"):
         path = getattr(config, field)
         if path is not None:
+            _existing(path, f"--{field.replace('_', '-')}", "file")
             found[field] = pin_data(path, store, f"--{field.replace('_', '-')}")
     if config.shift_prompts is not None:
         found["shift_prompts"] = pin_prompts(config.shift_prompts, store)

@@ -95,7 +95,7 @@ def _more(found: list[tuple[str, str, Mapping[str, Any]]]) -> dict[str, list[str
     columns["characters"] = [f"{r['characters']:.2f}" if r["characters"] is not None else "" for _, _, r in found]
     if any("no_answer" in r for _, _, r in found):
         columns["no answer"] = [f"{r['no_answer']:.2%}" if "no_answer" in r else "" for _, _, r in found]
-        columns["reasoning"] = [
+        columns["reasoning characters"] = [
             f"{r['reasoning_characters']:.2f}" if r.get("reasoning_characters") else "" for _, _, r in found
         ]
     for other in sorted({name for _, _, r in found for name in r if name.startswith("acc_")}):

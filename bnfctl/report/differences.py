@@ -140,5 +140,5 @@ def _row(test: Compared, adjusted: float) -> tuple[Cell, ...]:
         Cell(test.measure.full_name), Cell(f"{test.first.label} - {test.second.label}"),
         Cell(fixed(found.mean, decimals, "+"), found.mean, low, high, title=title), Cell(p_text(found.p), found.p, title=title),
         Cell(p_text(adjusted), adjusted, title=title, best=adjusted < 0.05),
-        number(found.detectable, decimals, title), alone, exact,
+        number(found.detectable or None, decimals, title), alone, exact,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from bnfctl.errors import UsageError
 from bnfctl.evaluation import gates, imported, shifting
 from bnfctl.evaluation.asking import NO_ENGINE, Asker, calls_ahead
 from bnfctl.evaluation.figures import figures, with_holm
-from bnfctl.evaluation.inputs import SHIFTS, AnyTask, make_tasks, name_of, pin_files, pin_items
+from bnfctl.evaluation.inputs import SHIFTS, AnyTask, hints_for, make_tasks, name_of, pin_files, pin_items
 from bnfctl.evaluation.inputs import check as check_flags
 from bnfctl.evaluation.rows import SCHEMA, text_of
 from bnfctl.evaluation.sampling import candidates_of, sample
@@ -58,7 +58,7 @@ def plan(config: EvalConfig, store: Store) -> Plan:
         inputs |= unknown
     return Plan(
         STAGE, VERSION, dataclasses.replace(config, sampler=sampler, dtype=machine.resolve_dtype(config.dtype)), inputs,
-        notes, versions,
+        notes, versions, hints_for(config),
     )  # fmt: skip
 
 

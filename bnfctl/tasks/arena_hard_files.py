@@ -17,7 +17,7 @@ from bnfctl.errors import UsageError
 from bnfctl.tasks.imports import id_in, responses_in
 from bnfctl.tasks.items import ENDINGS, Source, current, read_file
 
-SOURCE = Source("lmarena-ai/arena-hard-auto", None, "train", 500, ("arena-hard-v0.1", "arena-hard"))
+SOURCE = Source("lmarena-ai/arena-hard-auto", None, "train", 500, ("arena-hard-v0.1", "arena-hard"), inside="/question")
 _HUB_FOLDER = "data/arena-hard-v0.1"
 
 

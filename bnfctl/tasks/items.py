@@ -34,6 +34,13 @@ class Source:
     """What a file or folder in the user's own folder may be called."""
     digest: str | None = None
     """Of the published content (`zeroeval.digest`), where it is known: figures on other content are not comparable."""
+    inside: str = ""
+    """Where the name is that of a folder: the file in it."""
+
+    @property
+    def wanted(self) -> str:
+        """The file that a hint names."""
+        return f"{self.names[0]}{self.inside}.jsonl"
 
     def local(self, data_dir: Path) -> Path:
         """The file or folder with this task's rows: `data_dir` itself where it is a file.
@@ -81,7 +88,7 @@ def current(source: Source) -> Pinned:
     """The hub's data set at its newest commit, or the cached one; UsageError where there is neither."""
     commit, why = hub.commit_of(source.hub, "dataset")
     if commit is None:
-        hint = f"--data-dir FOLDER with {source.names[0]}.jsonl in it"
+        hint = f"--data-dir FOLDER with {source.wanted} in it"
         raise UsageError(f"the items cannot be fetched: {why}", where=source.hub, hint=hint)
     return Pinned("hub-data", f"{hub.split_revision(source.hub)[0]}@{commit}", commit)
 

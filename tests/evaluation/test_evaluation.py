@@ -161,6 +161,30 @@ def test_figures_of_different_judges_come_with_a_warning(
     assert table["models"]["other"]["judge"]["served_model"] == "gpt-4o" and table["models"]["other"]["mean"] == 0
 
 
+def test_a_base_of_another_judge_comes_with_a_warning(store: Store, tmp_path: Path) -> None:
+    config = EvalConfig(tasks=("wildbench",), responses=(str(write(tmp_path / "x.jsonl", score_rows())),))
+    base = run(dataclasses.replace(config, served_model="one"), store)
+    same = run(dataclasses.replace(config, served_model="one", base=base.ref), store)
+    assert same.manifest.summary["tasks"]["wildbench"]["warnings"] == []
+    other = run(dataclasses.replace(config, served_model="two", base=base.ref), store)
+    warnings = other.manifest.summary["tasks"]["wildbench"]["warnings"]
+    assert warnings[0] == "different judges: these figures do not compare" and "org/mine (base)" in warnings[1]
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "more"),
+    [
+        ("arena-hard", "arena-hard-v0.1/question.jsonl", {"server": ("http://127.0.0.1:9/v1",), "retries": 0}),
+        ("gsm8k", "gsm8k.jsonl", {}),
+    ],
+)
+def test_what_the_hub_does_not_give_is_named(store: Store, task: str, file: str, more: dict[str, Any]) -> None:
+    planned = eval_stage.plan(EvalConfig(tasks=(task,), model="lab", sampler="hf", **more), store)
+    with pytest.raises(UsageError, match="could not resolve") as caught:
+        planned.require_resolved("eval")
+    assert caught.value.hint == f"--data-dir FOLDER with {file} in it"
+
+
 def test_zeroeval_files_are_graded_without_a_model(store: Store, tmp_path: Path) -> None:
     rows = [{**row, "output": [json.dumps({"reasoning": "r", "answer": str(n + 4)})]} for n, row in enumerate(GSM)]
     rows[1]["output"] = ["no idea"]
