@@ -21,7 +21,22 @@ from bnfctl.options import fields, flag_name
 from tests.conftest import REPOSITORY, Done
 
 Run = Callable[..., Done]
-VERBS = ("generate", "score", "build", "train", "eval", "run", "ls", "show", "export", "report", "verify", "rm", "gc", "doctor")
+VERBS = (
+    "generate",
+    "score",
+    "build",
+    "train",
+    "eval",
+    "run",
+    "ls",
+    "show",
+    "export",
+    "report",
+    "verify",
+    "rm",
+    "gc",
+    "doctor",
+)
 
 
 @pytest.fixture
