@@ -1,93 +1,16 @@
-"""What a report is about: the artifacts given, those they were made from, and which of them are one method."""
+"""Collects what a report is about: the artifacts given and those that they were made from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
 from bnfctl.artifact import Artifact, Store
 from bnfctl.errors import UsageError
+from bnfctl.report.methods import methods_of
+from bnfctl.report.sources import Sources
 
-BASE = "Base"
-"""The label of a base model itself."""
 _EVAL_VERSION = 2
 """The first version of `eval` whose rows say which model they are of."""
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """One model and what is known about it: a training of one seed, a base model, or a model of imported files."""
-
-    ref: str
-    """The train artifact's ref; for a model without one, its name.  No two runs of a report share it."""
-    model: str
-    """Its name in the rows and summaries of `evals`; see `name_in`."""
-    label: str
-    """ "BNF", "DPO beta=0.01", "Base", ...: that of its method."""
-    seed: int | None
-    """Of the training; None for a model without one."""
-    base: str
-    """The base model's name; "" where none is known."""
-    train: Artifact | None
-    evals: tuple[Artifact, ...]
-    build: Artifact | None
-    pairing_ratio: float | None
-    """Of the build; None without one."""
-
-    @property
-    def title(self) -> str:
-        """The label, and the seed where there is one."""
-        return self.label if self.seed is None else f"{self.label}, seed {self.seed}"
-
-    def name_in(self, artifact: Artifact) -> str:
-        """Its name in the rows of an eval: one model may be called by two paths."""
-        models: list[str] = artifact.manifest.summary["models"]
-        return models[0] if len(models) == 1 else self.model
-
-
-@dataclass(frozen=True, eq=False)
-class Method:
-    """Runs of the same base, loss, hyper-parameters and data; they differ by seed."""
-
-    label: str
-    base: str
-    runs: tuple[Run, ...]
-
-    @property
-    def is_base(self) -> bool:
-        """Whether this is the base model itself."""
-        return self.label == BASE
-
-
-@dataclass(frozen=True, eq=False)
-class Sources:
-    """Everything that the report reads."""
-
-    methods: tuple[Method, ...]
-    """Base by base, a base before what was trained from it; then models whose base nobody tells (`base` is "")."""
-    evals: tuple[Artifact, ...]
-    trains: tuple[Artifact, ...]
-    builds: tuple[Artifact, ...]
-    scores: tuple[Artifact, ...]
-    generates: tuple[Artifact, ...]
-    names: Mapping[str, str] = field(default_factory=dict)
-    """Ref -> the name that the store has for it."""
-    missing: tuple[str, ...] = ()
-    """Lines about inputs that are gone, or were made again since."""
-
-    @property
-    def artifacts(self) -> tuple[Artifact, ...]:
-        """All, in the order of the stages."""
-        return (*self.generates, *self.scores, *self.builds, *self.trains, *self.evals)
-
-    @property
-    def bases(self) -> tuple[str, ...]:
-        """The names of the base models, in the order of `methods`."""
-        return tuple(dict.fromkeys(method.base for method in self.methods))
-
-    def of_base(self, base: str) -> tuple[Method, ...]:
-        """The methods of one base."""
-        return tuple(method for method in self.methods if method.base == base)
 
 
 def collect(artifacts: Sequence[Artifact], store: Store) -> Sources:
@@ -96,8 +19,6 @@ def collect(artifacts: Sequence[Artifact], store: Store) -> Sources:
     UsageError for no artifacts, for nothing but references, and for evals of a version whose rows do not say which model
     they are of.
     """
-    from bnfctl.report.methods import methods_of
-
     if not artifacts:
         raise UsageError("nothing to report on", where="ARTIFACT", hint="bnfctl ls lists what there is")
     missing: list[str] = []

@@ -15,12 +15,13 @@ import numpy as np
 
 from bnfctl.evaluation.figures import MOST
 from bnfctl.evaluation.shown import p_text
-from bnfctl.report.collect import Method
-from bnfctl.report.measures import Measure
+from bnfctl.report.measure import Measure
+from bnfctl.report.sources import Method
 from bnfctl.report.standing import figure_of
 from bnfctl.report.table import DASH, Cell, Table, finite, fixed, number
 from bnfctl.tasks.paired import Difference, McNemar, bootstrapped, difference, holm, mcnemar, p_of
-from bnfctl.tasks.statistics import Z95, Array, Bootstrap, detectable_difference
+from bnfctl.tasks.seeds import error_of
+from bnfctl.tasks.statistics import Array, Bootstrap, detectable_difference
 
 COLUMNS = ("Benchmark", "Methods", "Difference", "p", "p (Holm)", "Detectable")
 MCNEMAR = ("Right alone", "p (McNemar)")
@@ -32,8 +33,9 @@ CAPTION = (
 )
 ALONE = " Right alone: items that one method alone got right, the first's : the second's, and McNemar's exact p (one seed each only)."
 SEEDS = (
-    " Several training seeds: means over them, and their spread is in the interval and in p; where two or three seeds differ by "
-    "more than the items explain, both say too much. Of a method with one seed the spread is not known, and not in them."
+    " Several training seeds: means over them, and their spread is in the interval and in p (Student's t); where two seeds differ "
+    "by more than the items explain, both still say somewhat too much. Of a method with one seed the spread is not known, and not "
+    "in them."
 )
 
 
@@ -115,14 +117,21 @@ def _mean_grades(measure: Measure, method: Method) -> Array:
 
 def _with_seeds(found: Difference, measure: Measure, first: Method, second: Method) -> Difference:
     """The difference for new seeds too: their variance is added to that of the items."""
-    spreads = [figure.spread for figure in (figure_of(measure, first), figure_of(measure, second)) if figure]
-    seeds = sum(spread.sd**2 / spread.n for spread in spreads if spread is not None)
-    if not any(spreads):
+    figures = [figure_of(measure, method) for method in (first, second)]
+    spreads = [figure.spread for figure in figures if figure is not None and figure.spread is not None]
+    if not spreads:
         return found
     items = found.detectable / detectable_difference(1.0)
-    error = math.sqrt((0.0 if math.isnan(items) else items) ** 2 + seeds)
-    half, p = Z95 * error, p_of(found.mean, error, found.n)
-    return replace(found, low=found.mean - half, high=found.mean + half, p=p, detectable=detectable_difference(error))
+    error = error_of(0.0 if math.isnan(items) else items, spreads)
+    half = error.t95 * error.size
+    p = p_of(found.mean, error.size, found.n, error.degrees)
+    return replace(
+        found,
+        low=found.mean - half,
+        high=found.mean + half,
+        p=p,
+        detectable=detectable_difference(error.size, t95=error.t95),
+    )
 
 
 def _row(test: Compared, adjusted: float) -> tuple[Cell, ...]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bnfctl.evaluation.figures import MOST
-from bnfctl.report.collect import Method, Sources
 from bnfctl.report.differences import against_base, between
 from bnfctl.report.evidence import Evidence
 from bnfctl.report.judges import agreement, judges
@@ -17,6 +16,7 @@ from bnfctl.report.lineage import lineage
 from bnfctl.report.made import builds, training
 from bnfctl.report.measures import measures_of
 from bnfctl.report.shifted import shifts
+from bnfctl.report.sources import Method, Sources
 from bnfctl.report.standing import by_ratio, relabelled, standing
 from bnfctl.report.table import Table, printable
 from bnfctl.tasks.statistics import DRAWS

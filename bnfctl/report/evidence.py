@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from bnfctl.artifact import Artifact
 from bnfctl.options import canonical
-from bnfctl.report.collect import Run, Sources
+from bnfctl.report.sources import Run, Sources
 from bnfctl.report.table import printable
 from bnfctl.tasks.judged_rows import from_row
 from bnfctl.tasks.judging import Judged

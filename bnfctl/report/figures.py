@@ -6,8 +6,8 @@ Nothing here is written to disk; matplotlib is loaded when the first panel is dr
 from __future__ import annotations
 
 from bnfctl.report import figures_builds, figures_shifts, figures_training
-from bnfctl.report.collect import Sources
 from bnfctl.report.figures_svg import Figure
+from bnfctl.report.sources import Sources
 
 __all__ = ["Figure", "figures"]
 

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bnfctl.analysis.distributions import Numbers
 from bnfctl.analysis.preferences import Histogram
 from bnfctl.artifact import Artifact
 from bnfctl.data.pairing import SIDES
-from bnfctl.report.collect import Sources
 from bnfctl.report.figures_svg import DRAWABLE, INK, Figure, legend, panel, panels, series, short
+from bnfctl.report.sources import Sources
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,8 +20,6 @@ BINS = 24
 FEW = 10
 """Distinct rewards that get a bar each: those of rules and judges."""
 _UNITS = ("ids", "tokens"), ("text", "characters")
-
-Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def figures(sources: Sources) -> list[Figure]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,11 @@ from bnfctl import shards
 from bnfctl.analysis.distributions import BINS, Numbers, mean_over_prompts, pearson, spearman
 from bnfctl.artifact import Artifact
 from bnfctl.evaluation import shifting
-from bnfctl.report.collect import Run, Sources
 from bnfctl.report.figures_svg import (
     DASHES,
     INK,
     MARKERS,
+    Draw,
     Figure,
     Line,
     by_base,
@@ -27,6 +27,7 @@ from bnfctl.report.figures_svg import (
     series,
     short,
 )
+from bnfctl.report.sources import Run, Sources
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,8 +40,6 @@ _SPREAD = (5, 25, 50, 75, 95)
 _COLUMNS = ["prompt_id", "sequence", "cut", "ll_sum", "ll_mean", "z2_sum", "z2_mean", "gini", "token_ll"]
 _LL = "log π − log π_ref of the response's tokens under the policy and under its reference"
 _Z2 = "|z − z_ref|, how far the logit of each of the response's tokens moved either way"
-
-Draw = Callable[["Axes"], None]
 
 
 @dataclass(frozen=True, eq=False)

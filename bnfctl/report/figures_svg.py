@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from bnfctl.report.collect import Method, Sources
+from bnfctl.report.sources import Method, Sources
 from bnfctl.report.table import printable
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ DASHES: tuple[Any, ...] = (
     (0, (1, 1.6)), (0, (10, 2.5)),
 )  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h")
+Draw = Callable[["Axes"], None]
+"""Draws a panel."""
 _SVG = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
 _KEPT = {
@@ -115,7 +117,7 @@ def short(text: str, width: int = 22) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-def panel(name: str, draw: Callable[[Axes], None], label: str, *, height: float = HEIGHT, width: float = WIDTH) -> str:
+def panel(name: str, draw: Draw, label: str, *, height: float = HEIGHT, width: float = WIDTH) -> str:
     """One <svg>.  name: of the panel, unique on the page; label: what a screen reader says."""
     with _quiet():
         import matplotlib

@@ -6,21 +6,22 @@ A thick line is the mean over seeds, thin lines are the seeds; held-out figures 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bnfctl.analysis.distributions import Numbers
 from bnfctl.artifact import Artifact
 from bnfctl.errors import BnfctlError
-from bnfctl.report.collect import Sources
 from bnfctl.report.figures_svg import (
     DASHES,
     DRAWABLE,
     INK,
     MARKERS,
     MUTED,
+    Draw,
     Figure,
     Line,
     by_base,
@@ -30,6 +31,7 @@ from bnfctl.report.figures_svg import (
     series,
     short,
 )
+from bnfctl.report.sources import Sources
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +40,6 @@ POINTS = 80
 """Of a drawn line at most; longer trainings are drawn as means of consecutive steps."""
 SPLITS = ("train", "test")
 
-Numbers = np.ndarray[Any, np.dtype[np.float64]]
 Curve = tuple[Numbers, Numbers]
 """(steps, values)"""
 
@@ -98,9 +99,6 @@ def mean_of(curves: Sequence[Curve]) -> Curve:
     values = [dict(zip(steps.tolist(), numbers.tolist(), strict=True)) for steps, numbers in curves]
     common = sorted(set.intersection(*(set(value) for value in values))) if values else []
     return np.asarray(common), np.asarray([np.mean([value[step] for value in values]) for step in common])
-
-
-Draw = Callable[["Axes"], None]
 
 
 def _figures(curves: Sequence[Curves], place: str, of: str) -> list[Figure]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from bnfctl.errors import UsageError
 from bnfctl.report.evidence import Result
-from bnfctl.report.measures import Measure, Scene
+from bnfctl.report.measure import Measure, Scene
 from bnfctl.tasks.arena_hard import battles_of
 from bnfctl.tasks.battles import Battle, Pool, make_pool, win_rate_statistic
 from bnfctl.tasks.bradley_terry import unbounded

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from statistics import fmean
 from typing import Any
 
-from bnfctl.report.collect import Run
 from bnfctl.report.evidence import Evidence, Result, title_of
+from bnfctl.report.sources import Run
 from bnfctl.report.table import DASH, Cell, Table, number, printable
 from bnfctl.tasks.agreement import cohen_kappa, position_bias
 from bnfctl.tasks.arena_hard import battles_of

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from bnfctl.report.collect import Method
 from bnfctl.report.evidence import SHIFTS, Evidence, Result, shared_items, title_of
+from bnfctl.report.sources import Method
 from bnfctl.report.table import DASH, Cell, Table
 from bnfctl.tasks.statistics import Array, mean_interval
 

@@ -12,7 +12,7 @@ from bnfctl.artifact import Artifact
 from bnfctl.config import CONFIGS
 from bnfctl.options import base_type, fields, flag_name
 from bnfctl.recipes import train_recipe
-from bnfctl.report.collect import Sources
+from bnfctl.report.sources import Sources
 from bnfctl.report.table import DASH, Cell, Table
 
 _PINNED = ("artifact", "hub-model", "hub-data")
@@ -76,9 +76,8 @@ def command(artifact: Artifact) -> str | None:
     """The command line that makes it again; None where a value can't be written as a flag."""
     stage = artifact.manifest.stage
     cls = CONFIGS[stage]
-    words, flags = ["bnfctl", stage], []
+    words, flags, values = ["bnfctl", stage], [], changed(artifact)
     for field in fields(cls):
-        values = changed(artifact)
         if field.name not in values:
             continue
         value, (kind, _, many) = values[field.name], base_type(cls, field.name)
@@ -96,13 +95,9 @@ def command(artifact: Artifact) -> str | None:
 def _written(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value))
-    return (
-        "none"
-        if value is None
-        else f"{value:g}"
-        if isinstance(value, float) and float(f"{value:g}") == value
-        else str(value)
-    )
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return "none" if value is None else str(value)
 
 
 def lineage_table(entries: Sequence[Mapping[str, Any]]) -> Table:

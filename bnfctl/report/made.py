@@ -8,7 +8,7 @@ from typing import Any
 
 from bnfctl.analysis import preferences
 from bnfctl.artifact import Artifact
-from bnfctl.report.collect import Run, Sources
+from bnfctl.report.sources import Run, Sources
 from bnfctl.report.table import DASH, Cell, Table, number
 
 _FINAL = (

@@ -7,92 +7,27 @@ versions of a protocol, are measures of their own: nothing is ranked or subtract
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
-from bnfctl.report.collect import Run
+from bnfctl.report import judged_measures
 from bnfctl.report.evidence import SHIFTS, Evidence, Result, shared_items, title_of
+from bnfctl.report.measure import Measure, Scene
+from bnfctl.report.sources import Run
 from bnfctl.tasks import statistics
 from bnfctl.tasks.judging import differing
-from bnfctl.tasks.statistics import DRAWS, Array, Bootstrap, Estimate, Statistic
+from bnfctl.tasks.statistics import Array, Estimate
 
-
-@dataclass(frozen=True, eq=False)
-class Measure:
-    """One figure of several runs, in the units that tables print (points, percent)."""
-
-    task: str
-    group: str
-    """Heading over the column: the benchmark."""
-    name: str
-    estimates: Mapping[str, Estimate]
-    """Run's ref -> figure; the statistic's columns are in this order."""
-    statistic: Statistic | None
-    """Counts of the clusters [b, C] -> figures [b, R]; None where the runs have no item in common."""
-    clusters: int
-    items: str
-    """Measures of the same items share it: they are resampled together."""
-    sources: Mapping[str, str] = field(default_factory=dict)
-    """Run's ref -> the artifact and model that its figure is of."""
-    why: Mapping[str, str] = field(default_factory=dict)
-    """Run's ref -> why it has none."""
-    decimals: int = 1
-    grades: Array | None = None
-    """[R, K] of tasks with one grade per item, in the same units; NaN where there is none."""
-    interval: str = "bootstrap"
-    """Of the estimates: wilson (for 0/1 grades), normal (for other grades) or bootstrap (by prompt)."""
-    share: bool = False
-    """In percent of something: no interval leaves [0, 100]."""
-    counted: bool = True
-    """In the average rank; a second form of a figure is not."""
-    notes: tuple[str, ...] = ()
-    draws: int = DRAWS
-    """Resamples of what is made of it."""
-    resampled: Bootstrap | None = None
-    """Of judged figures, [draws, R] in the order of `estimates`: what their differences are made of."""
-
-    @property
-    def binary(self) -> bool:
-        """Whether the grades are 0 or 1."""
-        return self.interval == "wilson"
-
-    @property
-    def full_name(self) -> str:
-        """The name where no heading stands over it."""
-        return f"{self.group} {self.name}"
-
-
-@dataclass(frozen=True, eq=False)
-class Scene:
-    """What one column's figures are made from: the results of a table's runs under one protocol."""
-
-    evidence: Evidence
-    task: str
-    heading: str
-    protocol: bytes
-    results: dict[str, Result]
-    """Run's ref -> result."""
-    items: tuple[str, ...]
-    """Those that all have."""
-
-    @property
-    def sources(self) -> dict[str, str]:
-        return {ref: result.source for ref, result in self.results.items()}
-
-    def pool(self) -> dict[str, Result]:
-        """The results of every run of the report under the same protocol: whom pool-relative figures are relative to."""
-        return self.evidence.protocols(self.task, self.evidence.runs)[self.protocol]
+_MAKERS: dict[str, Callable[[Scene], list[Measure]]] = {
+    "wildbench": judged_measures.wildbench, "wildbench-pairs": judged_measures.pairs,
+    "arena-hard": judged_measures.arena_hard,
+}  # fmt: skip
+"""Of tasks whose figure is no mean of grades."""
 
 
 def measures_of(evidence: Evidence, runs: Sequence[Run]) -> tuple[list[Measure], list[str]]:
     """Every figure of these runs, in the paper's order, and what a reader must know before comparing them."""
-    from bnfctl.report import judged_measures
-
-    makers: dict[str, Callable[[Scene], list[Measure]]] = {
-        "wildbench": judged_measures.wildbench, "wildbench-pairs": judged_measures.pairs,
-        "arena-hard": judged_measures.arena_hard,
-    }  # fmt: skip
     found: list[Measure] = []
     warnings: list[str] = []
     for task in evidence.tasks:
@@ -105,7 +40,7 @@ def measures_of(evidence: Evidence, runs: Sequence[Run]) -> tuple[list[Measure],
             results = protocols[protocol]
             scene = Scene(evidence, task, heading, protocol, results, shared_items(list(results.values())))
             warnings += _uneven(scene)
-            make = makers.get(task, graded)
+            make = _MAKERS.get(task, graded)
             made = make(scene) if scene.items else _apart(scene, make)
             # Of several judges one counts in the average rank, or the task would count twice.
             found += made if results is fullest else [replace(one, counted=False) for one in made]
@@ -202,7 +137,8 @@ def graded(scene: Scene) -> list[Measure]:
             why[ref] = "no item could be graded"
             continue
         one = statistics.wilson(known) if binary else statistics.mean_interval(known)
-        estimates[ref] = times(replace(one, low=max(0.0, one.low), high=min(1.0, one.high)), 100)
+        low, high = max(0.0, one.low), min(1.0, one.high)
+        estimates[ref] = Estimate(one.n, 100 * one.mean, 100 * low, 100 * high)
     kept = 100 * grades[[ref in estimates for ref in scene.results]]
     known_ones = ~np.isnan(kept)
     statistic = statistics.ratio(np.where(known_ones, kept, 0.0).T, known_ones.T.astype(np.float64))
@@ -220,8 +156,3 @@ def _grades_of(result: Result, items: Sequence[str]) -> Array:
         return result.rows.grades
     place = {item: number for number, item in enumerate(result.rows.items)}
     return result.rows.grades[[place[item] for item in items]]
-
-
-def times(one: Estimate, factor: float) -> Estimate:
-    """An estimate in other units."""
-    return Estimate(one.n, one.mean * factor, one.low * factor, one.high * factor)

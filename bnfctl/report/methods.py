@@ -12,7 +12,7 @@ from bnfctl.artifact import Artifact
 from bnfctl.config import CONFIGS
 from bnfctl.hub import split_revision
 from bnfctl.options import canonical, fields
-from bnfctl.report.collect import BASE, Method, Run
+from bnfctl.report.sources import BASE, Method, Run
 from bnfctl.report.table import printable
 
 DISPLAYED = {
@@ -129,7 +129,7 @@ def _labelled(models: Sequence[_Model], base: str, builds: Mapping[str, Artifact
     """Trained models of one base: those that differ in their seed only are one method."""
     groups: dict[bytes, list[_Model]] = {}
     for model in models:
-        groups.setdefault(canonical([settings(model.train), _build_settings(model, builds)]), []).append(model)
+        groups.setdefault(canonical([settings(model.train), _data(model).get("digest")]), []).append(model)
     plain: dict[str, list[list[_Model]]] = {}
     for group in groups.values():
         plain.setdefault(_plain_label(group[0]), []).append(group)
@@ -165,15 +165,13 @@ def settings(artifact: Artifact | None) -> dict[str, Any]:
     return {name: config[name] for name in kept if name in config and name not in skipped}
 
 
-def _build_settings(model: _Model, builds: Mapping[str, Artifact]) -> str | None:
-    """The digest of what it was trained on."""
-    data = model.train.manifest.inputs.get("data") if model.train else None
-    return data["digest"] if data else None
+def _data(model: _Model) -> Mapping[str, Any]:
+    """What it was trained on, pinned; empty where that is not known."""
+    return (model.train.manifest.inputs.get("data") if model.train else None) or {}
 
 
 def _build(model: _Model, builds: Mapping[str, Artifact]) -> Artifact | None:
-    data = model.train.manifest.inputs.get("data") if model.train else None
-    return builds.get(data["ref"]) if data else None
+    return builds.get(_data(model).get("ref", ""))
 
 
 def _suffixes(models: Sequence[_Model], builds: Mapping[str, Artifact]) -> list[str]:
@@ -190,8 +188,7 @@ def _suffixes(models: Sequence[_Model], builds: Mapping[str, Artifact]) -> list[
                 part.append(_setting(name, value))
     if len({tuple(part) for part in parts}) < len(models):
         for part, model in zip(parts, models, strict=True):
-            data = model.train.manifest.inputs.get("data") if model.train else None
-            part.append(data["ref"] if data else model.key)
+            part.append(_data(model).get("ref") or model.key)
     return [f" ({', '.join(part)})" for part in parts]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from bnfctl.report.document import Document
 from bnfctl.report.figures_svg import Figure
 from bnfctl.report.responses import side_by_side
-from bnfctl.report.table import Cell, Table
+from bnfctl.report.table import Cell, Table, pieces
 
 SECTIONS = {
     "shifts": (
@@ -171,29 +171,17 @@ def _title(cell: Cell) -> str:
 
 
 def _cell(cell: Cell, numeric: bool) -> str:
-    text = re.sub(r"^-(?=\d)", "−", cell.text) if cell.value is not None else cell.text
+    text = cell.text if cell.value is None else _with_minus(cell.text)
     inner = f'<span class="value">{escape(text)}</span>'
-    places = _decimals(cell.text)
-    inner += f'<span class="sd"> ± {_fixed(cell.sd, places)}</span>' if cell.sd is not None else ""
-    inner += f'<span class="rank"> ({cell.rank:g})</span>' if cell.rank is not None else ""
-    if cell.low is not None and cell.high is not None:
-        low, high = (
-            _fixed(bound, places, "+" if cell.text[:1] in ("+", "-") else "") for bound in (cell.low, cell.high)
-        )
-        inner += f'<span class="ci">[{low}, {high}]</span>'
+    for name, piece in pieces(cell).items():
+        # The interval stands on a line of its own.
+        inner += f'<span class="{name}">{"" if name == "ci" else " "}{_with_minus(piece)}</span>'
     classes = " ".join(filter(None, ["num" if numeric else "text", "best" if cell.best else ""]))
     return f'<td class="{classes}"{_title(cell)}>{inner}</td>'
 
 
-def _decimals(text: str) -> int:
-    """As many as the number that the interval belongs to is shown with."""
-    found = re.search(r"\d\.(\d+)", text)
-    return len(found[1]) if found else 0
-
-
-def _fixed(value: float, places: int, sign: str = "") -> str:
-    text = f"{value:{sign}.{places}f}"
-    return text.lstrip("+-") if not text.strip("+-0.") else text.replace("-", "−")
+def _with_minus(number: str) -> str:
+    return re.sub(r"(?<!\d)-(?=\d)", "−", number)
 
 
 def _figures(document: Document, figures: Sequence[Figure]) -> Iterator[Part]:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bnfctl.report.collect import Run, Sources
 from bnfctl.report.figures_svg import by_base
+from bnfctl.report.sources import Run, Sources
 from bnfctl.tasks.judging import text_of
 
 ITEMS = 100

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from bnfctl.artifact import Artifact
-from bnfctl.report.collect import Run, Sources
 from bnfctl.report.evidence import SHIFTS
+from bnfctl.report.sources import Run, Sources
 from bnfctl.report.table import DASH, Cell, Table, number
-from bnfctl.tasks.statistics import Z95, over_seeds
+from bnfctl.tasks.seeds import mean_over_seeds
+from bnfctl.tasks.statistics import Estimate
 
 _COLUMNS = (
     ("ll_sum", "Log-likelihood, sum", 2), ("ll_mean", "Log-likelihood, per token", 4), ("z2_sum", "|Logit| (Z2), sum", 2),
@@ -83,7 +84,5 @@ def _cell(each: Sequence[Mapping[str, float]], decimals: int, title: str) -> Cel
     if len(each) == 1:
         one = each[0]
         return Cell(f"{one['mean']:.{decimals}f}", one["mean"], one["low"], one["high"], title=title)
-    spread = over_seeds([one["mean"] for one in each], [(one["high"] - one["low"]) / 2 / Z95 for one in each])
-    half = Z95 * spread.error
-    low, high = spread.mean - half, spread.mean + half
-    return Cell(f"{spread.mean:.{decimals}f}", spread.mean, low, high, title=title, sd=spread.sd)
+    found, spread = mean_over_seeds([Estimate(0, one["mean"], one["low"], one["high"]) for one in each])
+    return Cell(f"{found.mean:.{decimals}f}", found.mean, found.low, found.high, title=title, sd=spread.sd)

@@ -5,19 +5,19 @@ Ranks are of the figures as they are printed, and equal ones share the better ra
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_HALF_UP, Decimal
-from statistics import fmean
 
 import numpy as np
 
-from bnfctl.report.collect import Method
-from bnfctl.report.measures import Measure
+from bnfctl.report.measure import Measure
+from bnfctl.report.methods import settings
+from bnfctl.report.sources import Method
 from bnfctl.report.table import DASH, Cell, Table, finite, fixed
 from bnfctl.tasks.average_rank import Metric, Ties, average_rank, ranks
-from bnfctl.tasks.statistics import Z95, Array, Estimate, Spread, Statistic, over_seeds
+from bnfctl.tasks.seeds import Spread, mean_over_seeds
+from bnfctl.tasks.statistics import Array, Estimate, Statistic
 
 TIES: Ties = "min"
 CAPTION = "In parentheses the rank among the rows, of the figures as printed; in brackets the 95 % interval{kinds}."
@@ -28,8 +28,8 @@ KINDS = {
 }
 AVERAGE = " Average rank: the mean over the ranked columns; its interval resamples the items of each benchmark and ranks all again."
 SEEDS = (
-    " Several training seeds: mean ± standard deviation over seeds; the interval is for new items and new seeds, and too narrow "
-    "where two or three seeds differ by more than the items explain. The average rank's is for new items only."
+    " Several training seeds: mean ± standard deviation over seeds; the interval (Student's t) is for new items and new seeds, and "
+    "where two seeds differ by more than the items explain it is still somewhat narrow. The average rank's is for new items only."
 )
 
 
@@ -49,25 +49,10 @@ def figure_of(measure: Measure, method: Method) -> Figure | None:
         return None
     if len(each) == 1:
         return Figure(each[0], None)
-    spread = over_seeds([one.mean for one in each])
-    low, high = joined(each, spread)
+    one, spread = mean_over_seeds(each)
     if measure.share:
-        low, high = max(0.0, low), min(100.0, high)
-    return Figure(Estimate(each[0].n, spread.mean, low, high), spread)
-
-
-def joined(each: Sequence[Estimate], spread: Spread) -> tuple[float, float]:
-    """The interval of the mean over seeds, from those of the seeds, each side by itself, and the seeds' spread.
-
-    A seed's interval need not have its figure in the middle (Wilson's, resampled and clipped ones), and seeds that agree
-    have the interval that one of them has: the squares of its sides add to those of the seeds' error, as variances do
-    (MOVER: Zou and Donner 2008).
-    """
-    seeds = (Z95 * spread.error) ** 2
-    below, above = (
-        fmean(side**2 for side in sides) for sides in ([e.mean - e.low for e in each], [e.high - e.mean for e in each])
-    )
-    return spread.mean - math.sqrt(below + seeds), spread.mean + math.sqrt(above + seeds)
+        one = replace(one, low=max(0.0, one.low), high=min(100.0, one.high))
+    return Figure(one, spread)
 
 
 def statistic_of(measure: Measure, methods: Sequence[Method]) -> Statistic:
@@ -190,8 +175,6 @@ def by_ratio(methods: Sequence[Method]) -> list[list[Method]]:
 
     Of one ratio, where that is not 100 %, too.
     """
-    from bnfctl.report.methods import settings
-
     families: dict[str, list[Method]] = {}
     for method in methods:
         run = method.runs[0]

@@ -82,19 +82,27 @@ def headings(table: Table) -> list[str]:
     return [f"{group}: {name}" if group else name for group, name in zip(over, table.columns, strict=True)]
 
 
-def shown(cell: Cell) -> str:
-    """A cell on one line: 78.5 ± 0.4 (2) [76.1, 80.8]; bounds have the decimals and the sign of the number."""
+def pieces(cell: Cell) -> dict[str, str]:
+    """What a cell shows beside its text, as far as it has it: sd "± 0.4", rank "(2)", ci "[76.1, 80.8]".
+
+    All have the decimals of the number; bounds of a number with a sign have one too.
+    """
     fraction = re.search(r"\.(\d+)", cell.text)
     decimals = len(fraction[1]) if fraction else 0
-    sign = "+" if cell.text[:1] in ("+", "-") and cell.low is not None else ""
-    parts = [cell.text]
+    sign = "+" if cell.text[:1] in ("+", "-") else ""
+    found = {}
     if cell.sd is not None:
-        parts.append(f"± {cell.sd:.{decimals}f}")
+        found["sd"] = f"± {fixed(cell.sd, decimals)}"
     if cell.rank is not None:
-        parts.append(f"({cell.rank:.0f})")
+        found["rank"] = f"({cell.rank:g})"
     if cell.low is not None and cell.high is not None:
-        parts.append(f"[{fixed(cell.low, decimals, sign)}, {fixed(cell.high, decimals, sign)}]")
-    return " ".join(parts)
+        found["ci"] = f"[{fixed(cell.low, decimals, sign)}, {fixed(cell.high, decimals, sign)}]"
+    return found
+
+
+def shown(cell: Cell) -> str:
+    """A cell on one line: 78.5 ± 0.4 (2) [76.1, 80.8]."""
+    return " ".join([cell.text, *pieces(cell).values()])
 
 
 def number(value: float | None, decimals: int = 2, title: str = "", sign: str = "") -> Cell:

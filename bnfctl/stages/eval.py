@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from bnfctl import machine, pool, samplers, shards
@@ -130,16 +131,10 @@ def _sampled(config: EvalConfig, draft: Draft) -> dict[str, list[dict[str, Any]]
     if len(names) < len(config.tasks):
         parts.append(sample(config, draft, [SHIFTS], model_dir(draft.inputs["reference"]), "reference-parts"))
     found: dict[str, list[dict[str, Any]]] = {}
-    for row in _rows_of(parts):
-        found.setdefault(row["task"], []).append(
-            {column.name: row.get(column.name) for column in SCHEMA} | {"model": name}
-        )
+    for row in chain.from_iterable(shards.read_rows(part.folder) for part in parts):
+        kept = {column.name: row.get(column.name) for column in SCHEMA}
+        found.setdefault(row["task"], []).append({**kept, "model": name})
     return found
-
-
-def _rows_of(parts: Iterable[shards.Parts]) -> Iterator[dict[str, Any]]:
-    for one in parts:
-        yield from shards.read_rows(one.folder)
 
 
 def _graded(config: EvalConfig, draft: Draft, task: AnyTask, own: set[str]) -> Iterator[dict[str, Any]]:

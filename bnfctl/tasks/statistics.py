@@ -152,35 +152,15 @@ def cluster_bootstrap(
     return bootstrap(statistic, count, draws, seed).estimate()
 
 
-def detectable_difference(error: float, power: float = 0.8) -> float:
-    """The smallest true difference that a two-sided 5 % test finds with `power`, given the standard error it has."""
-    return (Z95 + NormalDist().inv_cdf(power)) * error
+def detectable_difference(error: float, power: float = 0.8, t95: float = Z95) -> float:
+    """The smallest true difference that a two-sided 5 % test finds with `power`, given the standard error it has.
+
+    t95: how many standard errors the test asks for.
+    """
+    return (t95 + NormalDist().inv_cdf(power)) * error
 
 
 def items_needed(variance: float, difference: float, power: float = 0.8) -> int:
     """How many items (clusters) find `difference` with `power`; variance: of one item's paired difference."""
     needed = (Z95 + NormalDist().inv_cdf(power)) ** 2 * variance / difference**2
     return math.ceil(round(needed, 6))  # a whole number that rounding put just above itself
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Scores of the same method over training seeds."""
-
-    n: int
-    mean: float
-    sd: float
-    """Between seeds, with n - 1; NaN for one seed, which tells nothing about it."""
-    error: float
-    """Standard error of the mean for new items and new seeds: sqrt(items' variance + sd^2 / n)."""
-
-
-def over_seeds(scores: Sequence[float], item_errors: Sequence[float] = ()) -> Spread:
-    """Mean and sd over training seeds; item_errors: each seed's standard error over items, where known.
-
-    The items are the same for every seed, so their noise is shared and does not shrink with more seeds.
-    """
-    n = len(scores)
-    sd = stdev(scores) if n > 1 else math.nan
-    items = fmean(error**2 for error in item_errors) if item_errors else 0.0
-    return Spread(n, fmean(scores), sd, math.sqrt(items + sd**2 / n))

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from statistics import stdev
 
 import pytest
 
 from bnfctl.artifact import Store
 from bnfctl.evaluation.shown import p_text
-from bnfctl.report.collect import Sources, collect
+from bnfctl.report.collect import collect
 from bnfctl.report.differences import COLUMNS, MCNEMAR, MOST, SEEDS, against_base, between
 from bnfctl.report.document import document_of
 from bnfctl.report.evidence import Evidence
 from bnfctl.report.measures import measures_of
+from bnfctl.report.sources import Sources
 from bnfctl.report.table import DASH, Table
 from bnfctl.tasks import paired
+from bnfctl.tasks.seeds import error_of, over_seeds
+from bnfctl.tasks.statistics import Z95
 from tests.report.evals import arena, graded, publish
 from tests.report.page_world import publish_build, publish_train
 
@@ -84,11 +86,10 @@ def test_seeds_widen_the_interval(made: tuple[Table, Table]) -> None:
     row = next(row for row in first.rows if [cell.text for cell in row[:2]] == ["GSM8K Acc (%)", "BNF - Base"])
     mean = [100 * (a + b) / 2 for a, b in zip(*BNF, strict=True)]
     items = paired.difference(mean, [100 * x for x in BASE])
-    spread = stdev(100 * sum(one) / 60 for one in BNF)
-    error = (((items.high - items.mean) / 1.959964) ** 2 + spread**2 / 2) ** 0.5
+    error = error_of((items.high - items.mean) / Z95, [over_seeds([100 * sum(one) / 60 for one in BNF])])
     assert row[2].value == pytest.approx(items.mean)
-    assert row[2].high == pytest.approx(items.mean + 1.959964 * error, rel=1e-5)
-    assert spread > 0 and row[7].value is None
+    assert row[2].high == pytest.approx(items.mean + error.t95 * error.size, rel=1e-5)
+    assert error.t95 > Z95 and row[7].value is None
 
 
 def test_judged_figures_are_refitted_on_the_same_resamples(made: tuple[Table, Table]) -> None:

@@ -22,9 +22,10 @@ import pytest
 from bnfctl.artifact import Artifact, Store
 from bnfctl.errors import BnfctlError
 from bnfctl.report import figures_builds, figures_shifts, figures_svg, figures_training
-from bnfctl.report.collect import Sources, collect
+from bnfctl.report.collect import collect
 from bnfctl.report.figures import Figure, figures
 from bnfctl.report.figures_svg import SERIES, panel, series, short
+from bnfctl.report.sources import Sources
 from tests.report.page_world import BASE, eval_row, publish_build, publish_eval, publish_train, shift_rows
 
 

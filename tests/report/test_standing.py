@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from bnfctl.artifact import Artifact, Store
-from bnfctl.report.collect import Method, Run, collect
+from bnfctl.report.collect import collect
 from bnfctl.report.document import document_of
-from bnfctl.report.measures import Measure
+from bnfctl.report.measure import Measure
+from bnfctl.report.sources import Method, Run
 from bnfctl.report.standing import half_up, standing
 from bnfctl.report.table import DASH, Cell, Table
-from bnfctl.tasks.statistics import Estimate, over_seeds, wilson
+from bnfctl.tasks.seeds import mean_over_seeds
+from bnfctl.tasks.statistics import Estimate, wilson
 from bnfctl.tasks.wildbench_pairs import REFERENCES
 from tests.report.evals import BASE, arena, graded, judge, pairs, publish, wild
 from tests.report.page_world import publish_build, publish_train
@@ -116,9 +118,9 @@ def test_seeds_become_mean_deviation_and_a_wider_interval() -> None:
         lambda counts: np.tile(scores, (len(counts), 1)), 100, "m", dict.fromkeys(refs, "eval/x"),
     )  # fmt: skip
     cells = [row[1] for row in standing("main", "t", [three, one], [measure]).rows]
-    expected = over_seeds(scores[:3], [2 / 1.959964] * 3)
+    expected, _ = mean_over_seeds([measure.estimates[ref] for ref in refs[:3]])
     assert cells[0].value == 44 and cells[0].sd == stdev(scores[:3]) == 4
-    assert cells[0].low == pytest.approx(44 - 1.959964 * expected.error, abs=1e-6)
+    assert (cells[0].low, cells[0].high) == (expected.low, expected.high) and expected.low < 42
     assert (cells[1].low, cells[1].high, cells[1].sd) == (48, 52, None)
     assert [cell.rank for cell in cells] == [2, 1]
 

@@ -17,7 +17,6 @@ from bnfctl.tasks.statistics import (
     detectable_difference,
     items_needed,
     mean_interval,
-    over_seeds,
     paired_difference,
     ratio,
     resamples,
@@ -161,11 +160,3 @@ def test_power() -> None:
     assert (np.abs(means) / error > Z95).mean() == pytest.approx(0.8, abs=0.02)
     assert items_needed(1.0, size) == 300
     assert items_needed(1.0, size / 2) == 1200
-
-
-def test_over_seeds() -> None:
-    found = over_seeds([0.5, 0.6, 0.7], [0.03, 0.03, 0.03])
-    assert (found.n, found.mean, found.sd) == (3, pytest.approx(0.6), pytest.approx(0.1))
-    # The items are shared: three seeds shrink the seeds' noise only.
-    assert found.error == pytest.approx(math.sqrt(0.03**2 + 0.1**2 / 3))
-    assert math.isnan(over_seeds([0.5]).sd)
