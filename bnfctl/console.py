@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from functools import cache
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -61,6 +62,12 @@ def has_emitted() -> bool:
 def say(text: str) -> None:
     """One line on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+@cache
+def say_once(text: str) -> None:
+    """`say`, but never again in this process: several tasks read one file, and all find the same."""
+    say(text)
 
 
 def report(error: BnfctlError) -> None:

@@ -41,6 +41,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BNFCTL_HOME", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def nothing_was_said() -> None:
+    """Each test is its own process to `say_once`."""
+    console.say_once.cache_clear()
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "artifacts")

@@ -49,13 +49,15 @@ class Asker:
             model, temperature=self.config.judge_temperature, max_tokens=self.config.judge_tokens,
             json_mode=self.config.judge_json,
         )  # fmt: skip
+        before = dict(client.usage)
         found: dict[tuple[str, str], Judged] = {}
         with console.Progress(len(answered), f"responses of {task.name} judged") as progress:
             for row in judge(task, answered, client, who):
                 found[row.answered.model, row.answered.item.id] = row
                 progress.advance(1)
-        self.draft.provenance.update(usage=client.usage, judge=model.version)
-        console.say(f"{task.name}: {_spent(client.usage)}")
+        self.draft.provenance.update(usage=dict(client.usage), judge=model.version)
+        spent = {name: count - before[name] for name, count in client.usage.items()}
+        console.say(f"{task.name}: {_said(spent)}")
         rows = [found[one.model, one.item.id] for one in answered]
         return rows, fingerprint(task, who, rows)
 
@@ -98,8 +100,8 @@ class Asker:
             yield urls
 
 
-def _spent(usage: dict[str, int]) -> str:
-    """What the judge cost, for people."""
+def _said(usage: dict[str, int]) -> str:
+    """What a task's judge cost, for people."""
     parts = [f"{usage['requests']} calls", f"{usage['cached']} answered before"]
     parts += [f"{usage['retries']} retries"] if usage["retries"] else []
     tokens = f"{usage['prompt_tokens']} tokens of prompts and {usage['completion_tokens']} of answers"

@@ -172,7 +172,7 @@ class ArenaHard:
                     hint="the data set was changed: --data-dir FOLDER with the published one",
                 )  # fmt: skip
             if fingerprint(content) != DIGEST:
-                console.say(f"{self.name}: not the published questions and baseline, so figures don't compare")
+                console.say_once(f"{self.name}: not the published questions and baseline, so figures don't compare")
             self._items = items
         return self._items
 

@@ -72,7 +72,9 @@ def read_items(source: Source, data_dir: Path | None, pinned: Pinned | None) -> 
         if not rows:
             raise UsageError("no items", where=str(place), hint="the file is empty")
         if len(rows) != source.rows:
-            console.say(f"{place}: {len(rows)} items; the published set has {source.rows}, so figures don't compare")
+            console.say_once(
+                f"{place}: {len(rows)} items; the published set has {source.rows}, so figures don't compare"
+            )
         return rows
     pinned = pinned or current(source)
     rows = list(read_rows(pinned, source.split, source.subset))

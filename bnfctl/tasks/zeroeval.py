@@ -228,7 +228,7 @@ class ZeroEvalTask(ABC):
             found[item.id] = item
         items = list(found.values())
         if len(items) == self.source.rows and self.source.digest not in (None, digest(items)):
-            console.say(f"{self.name}: not the published questions and answers, so figures don't compare")
+            console.say_once(f"{self.name}: not the published questions and answers, so figures don't compare")
         return [self.prompt(item) for item in items[:limit]]
 
     @abstractmethod

@@ -187,7 +187,7 @@ def test_bounds_of_a_difference_have_signs_like_the_difference(store: Store) -> 
 def test_numbers_have_a_real_minus(store: Store) -> None:
     cells = (Cell("Z-1"), Cell("-12.3", -12.34, -14.04, -0.04), Cell("2024-08-01"))
     text = rendered(Table("t", "T", "", ("", "one", "two"), (cells,)), store)
-    assert '<span class="value">−12.3</span><span class="ci">[−14.0, 0.0]</span>' in text
+    assert '<span class="value">−12.3</span><span class="ci">[−14.0, +0.0]</span>' in text
     assert "Z-1" in text and "2024-08-01" in text
 
 
