@@ -81,6 +81,8 @@ def show(artifact: Artifact) -> str:
     ):
         lines.append(f"{title}:")
         shown = {name: _plain(value) for name, value in values.items() if value not in (None, [], {})}
+        if title == "provenance" and "created" in values:
+            shown["created"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.provenance["created"]))
         lines += [f"  {name}: {text}" for name, text in shown.items() if text]
     lines.append(f"files: {len(manifest.files)}, {human(sum(entry['size'] for entry in manifest.files))}")
     return "\n".join(lines)
@@ -152,13 +154,10 @@ def rm(store: Store, refs: list[str], force: bool) -> list[str]:
                 "not an artifact of this store", where=str(path), hint=f"the store is {store.home}; see --home"
             )
     going = {f"{path.parent.name}/{path.name}" for path in doomed}
-    for artifact in store.artifacts():
-        used = going & {raw["ref"] for raw in artifact.manifest.inputs.values()}
-        if used and artifact.ref not in going and not force:
-            raise UsageError(
-                f"{', '.join(used)} is an input of {artifact.ref}", where=", ".join(used),
-                hint=f"bnfctl rm {' '.join([*refs, artifact.ref])}, or --force",
-            )  # fmt: skip
+    users = _made_of(store, going) if not force else []
+    if users:
+        what = f"{', '.join(users)} {'was' if len(users) == 1 else 'were'} made of it"
+        raise UsageError(what, where=", ".join(refs), hint=f"bnfctl rm {' '.join([*refs, *users])}, or --force")
     for path in doomed:
         for name, ref in store.names().items():
             if ref == f"{path.parent.name}/{path.name}":
@@ -167,6 +166,19 @@ def rm(store: Store, refs: list[str], force: bool) -> list[str]:
         (path / "manifest.json").unlink()
         shutil.rmtree(path)
     return sorted(going)
+
+
+def _made_of(store: Store, refs: set[str]) -> list[str]:
+    """The artifacts that were made of these, or of what was made of these; inputs first."""
+    gone, found, all_ = set(refs), [], list(store.artifacts())
+    while users := [one.ref for one in all_ if one.ref not in gone and gone & _inputs(one)]:
+        found += users
+        gone.update(users)
+    return found
+
+
+def _inputs(artifact: Artifact) -> set[str]:
+    return {raw["ref"] for raw in artifact.manifest.inputs.values()}
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def _parameter(cls: type, field: Field[Any]) -> inspect.Parameter:
     kind, _, many = base_type(cls, field.name)
     words = allowed(field)
     text = field.metadata["help"]
-    if words is not None and len(words) <= 8:
+    if words is not None and len(words) <= 12:
         text += f" One of: {', '.join(words)}."
     if field.default not in (MISSING, None, ()):
         text += f" [default: {field.default}]"

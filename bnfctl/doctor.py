@@ -16,9 +16,13 @@ from bnfctl.browse import human
 
 _EXTRAS = {
     "vllm": "vllm",
+    "math_verify": "math",
     "bitsandbytes": "bitsandbytes",
     "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "trackio": "trackio",
     "hypothesis": "test",
+    "trl": "bench",
     "ruff": "dev",
 }
 """A module that tells whether an extra is there, and the extra's name."""

@@ -348,7 +348,7 @@ def report(raw: Mapping[str, Any], config: TrainConfig, machine: Machine) -> lis
     each = "GPU" if machine.device == "cuda" else "process"
     many = "" if machine.devices == 1 else f"s ({chosen.parallel})" if each == "GPU" else f"es ({chosen.parallel})"
     lines = [
-        f"{needed.total / GB:.1f} GB per {each}: {needed.parts()}",
+        f"{needed.total / GB:.1f} GB per {each}" + (f": {needed.parts()}" if needed.parts() else ""),
         f"the peak is {needed.moment}, with {chosen.micro_tokens} tokens per micro-batch, {machine.devices} {each}{many}, "
         f"activation checkpointing {chosen.activation_checkpointing}",
     ]

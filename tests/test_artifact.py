@@ -206,10 +206,15 @@ def test_rm_protects_what_others_were_made_from(store: Store, make_build: Make) 
     with store.draft(plan) as draft:
         draft.open()
         train = draft.publish({})
+    with store.draft(Plan("eval", 1, BuildConfig(input="z"), {"model": train.pinned()})) as draft:
+        draft.open()
+        graded = draft.publish({})
     store.set_name("mine", build.ref)
-    with pytest.raises(UsageError, match=f"is an input of {train.ref}"):
+    with pytest.raises(UsageError, match=f"{train.ref}, {graded.ref} were made of it") as raised:
         browse.rm(store, [build.ref], force=False)
-    assert browse.rm(store, [build.ref, train.ref], force=False) == sorted([build.ref, train.ref])
+    assert raised.value.hint == f"bnfctl rm {build.ref} {train.ref} {graded.ref}, or --force"
+    everything = [build.ref, train.ref, graded.ref]
+    assert browse.rm(store, everything, force=False) == sorted(everything)
     assert store.names() == {}
     assert list(store.artifacts()) == []
 

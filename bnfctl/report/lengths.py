@@ -15,9 +15,12 @@ from bnfctl.tasks.statistics import Array, mean_interval
 
 CAPTION = (
     "Mean length of the responses with its 95 % interval, in tokens of the model's own tokenizer and in characters, on the "
-    "items that all rows have. ↑ longer, ↓ shorter than the base's, = the same. Wild-Bench's characters are of whole responses, as published; Arena-Hard's "
-    "lengths in the paper are tokens."
+    "items that all rows have. ↑ longer, ↓ shorter than the base's, = the same."
 )
+OF_TASK = {
+    "wildbench": " Wild-Bench's characters are of whole responses, as published.",
+    "arena-hard": " Arena-Hard's lengths in the paper are tokens.",
+}
 
 
 def lengths(name: str, title: str, methods: Sequence[Method], evidence: Evidence) -> Table | None:
@@ -42,7 +45,8 @@ def lengths(name: str, title: str, methods: Sequence[Method], evidence: Evidence
     if not columns:
         return None
     rows = tuple((Cell(method.label), *cells) for method, *cells in zip(methods, *columns, strict=True))
-    return Table(name, title, CAPTION, ("Method", *names), rows, groups=tuple(groups))
+    caption = CAPTION + "".join(OF_TASK[task] for task in evidence.tasks if task in OF_TASK)
+    return Table(name, title, caption, ("Method", *names), rows, groups=tuple(groups))
 
 
 def _results(evidence: Evidence, task: str, methods: Sequence[Method]) -> list[list[Result]]:

@@ -91,7 +91,7 @@
     svg.append(path);
     return svg;
   };
-  const number = (value) => (value === undefined ? "–" : String(Math.round(value * 1000) / 1000));
+  const number = (value) => String(Math.round(value * 1000) / 1000);
 
   const response = (one, words) => {
     const model = data.models[one.model];
@@ -99,12 +99,9 @@
       one.tokens === undefined ? "" : `${one.tokens} tokens`,
       one.finish && one.finish !== "stop" ? `ended by ${one.finish}` : "",
     ];
-    const grade = make("span", "grade", "grade ", make("b", "", number(one.grade)));
-    const box = make(
-      "section", "response",
-      make("header", "", make("span", "model", dot(model.index), model.label), grade),
-      said(one.text, words, `Response of ${model.label}`),
-    );
+    const header = make("header", "", make("span", "model", dot(model.index), model.label));
+    if (one.grade !== undefined) header.append(make("span", "grade", "grade ", make("b", "", number(one.grade))));
+    const box = make("section", "response", header, said(one.text, words, `Response of ${model.label}`));
     const line = about.filter(Boolean).join(" · ");
     if (line) box.append(make("p", "role", line));
     if (one.judge) {
@@ -119,7 +116,7 @@
     if (item.high > item.low) {
       header.append(make("span", "muted", `grades from ${number(item.low)} to ${number(item.high)}`));
     }
-    const prompt = make("div", "prompt");
+    const prompt = make("div", item.prompt.length ? "prompt" : "");
     for (const [role, text, cut] of item.prompt) {
       prompt.append(make("p", "role", role), said([text, cut], words, `Prompt, ${role}`));
     }
