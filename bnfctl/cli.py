@@ -18,7 +18,7 @@ import typer
 
 from bnfctl import __version__, console, machine, verbs
 from bnfctl.config import CONFIGS
-from bnfctl.errors import BnfctlError, UsageError
+from bnfctl.errors import BnfctlError, GateError, UsageError
 from bnfctl.options import allowed, base_type, fields, flag_name, resolve
 from bnfctl.recipes import train_recipe
 from bnfctl.verbs import DryRun, Force, Home, Json, complete_artifact, open_store
@@ -188,19 +188,25 @@ def run(
         listed = console.table("", ["step", "stage", "verdict"], [list(row.values()) for row in document])
         console.emit(json.dumps(document, indent=2) if as_json_output else listed)
         return
-    results = work.run()
-    console.say(pipeline.table(results))
-    for result in results:
+    short = None
+    try:
+        work.run()
+    except GateError as error:
+        short = error  # all the more reason to look at what was measured
+    console.say(pipeline.table(work.results))
+    for result in work.results:
         if result.step.stage == "eval" and "base" in result.artifact.manifest.inputs:
             console.say(f"\n{result.step.name}: gain over the base on the same items")
             console.say(stages.module("eval").table_of(result.artifact))
-    summary = pipeline.as_document(results)
+    summary = pipeline.as_document(work.results)
     if asked.report is not None:
-        written = report.write([result.artifact for result in results], store, asked.report)
+        written = report.write([result.artifact for result in work.results], store, asked.report)
         summary["report"] = str(written.index)
         console.say(f"report: {written.index}")
-    last = str(results[-1].artifact.path)
+    last = str(work.results[-1].artifact.path)
     console.emit(json.dumps(summary, indent=2, ensure_ascii=False) if as_json_output else last)
+    if short is not None:
+        raise short
 
 
 for _verb_name, _verb in verbs.VERBS.items():

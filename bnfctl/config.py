@@ -369,7 +369,7 @@ class EvalConfig:
     retries: int = _retries()
     api_key_env: str = _api_key_env()
     max_calls: int | None = opt(
-        None, help="Most calls of the judge in this run, which then ends with exit 1; again, it goes on. Not in the key.",
+        None, help="Most calls of the judge in this run; then exit 1, and the next run goes on. A limit, so not in the key.",
         key=False, low=1,
     )  # fmt: skip
     sampler: str = opt("auto", help="auto takes vllm where it is installed.", choices=("auto", "vllm", "hf"))

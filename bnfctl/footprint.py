@@ -17,7 +17,7 @@ from typing import Any
 from bnfctl.config import TrainConfig
 from bnfctl.shape import Shape, shape_of
 
-GB = 10**9
+MB, GB = 10**6, 10**9
 USABLE = 0.92
 """Share of a GPU's memory that a training may plan with; the rest is the CUDA context, NCCL and fragmentation."""
 ASSUMED_MEMORY = 80 * GB
@@ -51,10 +51,12 @@ class Footprint:
     def total(self) -> float:
         return sum(value for value in vars(self).values() if not isinstance(value, str))
 
-    def parts(self) -> str:
-        """`parameters 8.0, gradients 8.0, ...`: GB, what is less than half a tenth left out."""
-        named = {name: value for name, value in vars(self).items() if not isinstance(value, str)}
-        return ", ".join(f"{name} {value / GB:.1f}" for name, value in named.items() if value >= GB / 20)
+    def said(self, each: str) -> str:
+        """`72.0 GB per GPU: parameters 16.0, ...`: GB, of small models MB; what is less than half a tenth left out."""
+        unit, name = (GB, "GB") if self.total >= GB else (MB, "MB")
+        named = {part: value for part, value in vars(self).items() if not isinstance(value, str)}
+        parts = ", ".join(f"{part} {value / unit:.1f}" for part, value in named.items() if value >= unit / 20)
+        return f"{self.total / unit:.1f} {name} per {each}: {parts}"
 
 
 def footprint(shape: Shape, config: TrainConfig, *, device: str = "cuda", chunk: int = 1 << 28) -> Footprint:
@@ -348,7 +350,7 @@ def report(raw: Mapping[str, Any], config: TrainConfig, machine: Machine) -> lis
     each = "GPU" if machine.device == "cuda" else "process"
     many = "" if machine.devices == 1 else f"s ({chosen.parallel})" if each == "GPU" else f"es ({chosen.parallel})"
     lines = [
-        f"{needed.total / GB:.1f} GB per {each}" + (f": {needed.parts()}" if needed.parts() else ""),
+        needed.said(each),
         f"the peak is {needed.moment}, with {chosen.micro_tokens} tokens per micro-batch, {machine.devices} {each}{many}, "
         f"activation checkpointing {chosen.activation_checkpointing}",
     ]

@@ -160,6 +160,8 @@ class Run:
         self.steps, self.store, self.force = steps, store, force
         self.first = names.index(start) if start else 0
         self.made: dict[str, Artifact | None] = {}
+        self.results: list[Result] = []
+        """Of the steps that are through, whose gates may have failed."""
         self.chosen: list[str] = []
         """What the recipe of a model decided for the step that is being planned."""
         for step in steps:
@@ -233,17 +235,18 @@ class Run:
         return artifact, f"cached {artifact.ref}"
 
     def run(self) -> list[Result]:
-        """Make or find every step's artifact; the first failure ends the run, a rerun resumes there."""
+        """Make or find every step's artifact; the first failure or failed gate ends the run, a rerun resumes there."""
         place = machine.place()
         if place.size > 1:
             hint = "bnfctl run starts its ranks itself, on this machine; for many nodes, give each bnfctl train to the launcher"
             raise UsageError(f"a pipeline under {place.launcher}", where=place.launcher, hint=hint)
-        results = []
         for index, step in enumerate(self.steps):
             result = self._run_step(index, step)
             self.made[step.name] = result.artifact
-            results.append(result)
-        return results
+            self.results.append(result)
+            if step.stage == "eval":
+                stages.module("eval").check(self.config(step), result.artifact)
+        return self.results
 
     def _run_step(self, index: int, step: Step) -> Result:
         console.check_stop()
@@ -263,8 +266,6 @@ class Run:
         outcome = launch.Outcome(found, True, 0.0) if found is not None else self._make(step, planned, force)
         if step.alias is not None:
             self.store.set_name(step.alias, outcome.artifact.ref)
-        if step.stage == "eval":
-            stages.module("eval").check(planned.config, outcome.artifact)
         return Result(step, outcome.artifact, outcome.cached, outcome.seconds)
 
     def _make(self, step: Step, planned: Plan, force: bool) -> launch.Outcome:

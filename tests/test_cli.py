@@ -162,7 +162,7 @@ def test_ls_show_verify_rm(prefs: Path, warm_bnfctl: Run) -> None:
     assert warm_bnfctl("ls", "--json").json == []
 
 
-def test_a_flipped_byte_stops_the_next_stage(tmp_path: Path, prefs: Path, warm_bnfctl: Run) -> None:
+def test_a_flipped_byte_stops_the_next_stage(prefs: Path, warm_bnfctl: Run) -> None:
     path = Path(warm_bnfctl("build", prefs).out.strip())
     shard = path / "rows" / "00000.parquet"
     data = bytearray(shard.read_bytes())

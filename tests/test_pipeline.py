@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,36 @@ def test_a_report_that_could_not_be_written_is_said_first(small: Path, warm_bnfc
     for flags in ((), ("--dry-run",)):
         done = warm_bnfctl("run", small, *flags)
         assert done.code == 2 and "this folder holds other things: notes.txt" in done.err and "[pairs]" not in done.err
+
+
+def graded(tmp_path: Path, more: str = "") -> Path:
+    """Two graded steps, of which the first has half of its items right, and a report."""
+    rows = [
+        {"session_id": f"q{n}", "question": "2 + 3?", "answer": "5", "output": [f'{{"reasoning": "", "answer": "{said}"}}']}
+        for n, said in enumerate(("5", "4"))
+    ]  # fmt: skip
+    responses = tmp_path / "responses.json"
+    responses.write_text(json.dumps(rows))
+    step = f"{{stage: eval, tasks: gsm8k, responses: {responses}"
+    text = f"steps:\n  graded: {step}{more}}}\n  later: {step}, limit: 1}}\nreport: {tmp_path / 'page'}\n"
+    return write(tmp_path, text)
+
+
+def test_the_report_of_a_pipeline_is_of_its_steps(tmp_path: Path, warm_bnfctl: Callable[..., Done]) -> None:
+    done = warm_bnfctl("run", graded(tmp_path), "--json")
+    assert done.code == 0 and done.json["report"] == str(tmp_path / "page" / "index.html"), done.err
+    assert f"report: {done.json['report']}" in done.err
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert all(step["artifact"].rpartition("/")[2] in page for step in done.json["steps"])
+
+
+def test_a_gate_that_fails_ends_the_run_with_what_was_measured(
+    tmp_path: Path, warm_bnfctl: Callable[..., Done]
+) -> None:
+    done = warm_bnfctl("run", graded(tmp_path, ", require: gsm8k>=0.9"), "--json")
+    assert done.code == 3 and "error: gsm8k.mean is 0.5000, not >= 0.9" in done.err
+    assert [step["step"] for step in done.json["steps"]] == ["graded"], "the step behind the gate is not made"
+    assert "gsm8k 0.5000" in done.err and Path(done.json["report"]).is_file()
 
 
 def test_from_needs_the_steps_before(small: Path, warm_bnfctl: Callable[..., Done]) -> None:

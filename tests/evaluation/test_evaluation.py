@@ -6,24 +6,24 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
 from bnfctl import dryrun, launch
-from bnfctl.artifact import Artifact, Store
+from bnfctl.artifact import Artifact, Pinned, Store
 from bnfctl.config import EvalConfig
 from bnfctl.errors import BnfctlError, UsageError
 from bnfctl.evaluation.inputs import name_of
 from bnfctl.evaluation.rows import rows_of
 from bnfctl.stages import eval as eval_stage
 from bnfctl.tables import MODELS, load
-from bnfctl.tasks.battles import outcome
 from bnfctl.tasks.judged_rows import from_row
 from tests.evaluation.world import EVERY_TASK, data, say
 from tests.stages.chain import run
 from tests.stub_server import StubServer
-from tests.tasks.judged_world import answer_row, length_label, mine, said_so, theirs, write
+from tests.tasks.judged_world import answer_row, hand_count, mine, said_so, write
 from tests.tasks.test_wildbench import score_rows
 from tests.tasks.test_zeroeval import GSM
 
@@ -50,21 +50,13 @@ def of(artifact: Artifact, task: str, model: str) -> dict[str, Any]:
     return dict(artifact.manifest.summary["tasks"][task]["models"][model])
 
 
-def by_hand() -> float:
-    """The win rate of `mine` when the longer response wins: `>>` is three votes."""
-    votes = []
-    for n in range(COUNT):
-        for game, sides in ((1, (theirs(n), mine(n))), (2, (mine(n), theirs(n)))):
-            score, weight = outcome(length_label(*map(len, sides)), game)
-            votes += [score] * int(weight)
-    return sum(votes) / len(votes)
-
-
 def test_the_win_rate_is_a_hand_count(store: Store, items: Path, answers: Path) -> None:
     with StubServer(say=say) as stub:
         made = run(judged(items, answers, server=(stub.url,)), store)
         figures = of(made, "arena-hard", "mine")
-        assert figures["mean"] == figures["win_rate"]["mean"] == pytest.approx(by_hand())
+        assert (
+            figures["mean"] == figures["win_rate"]["mean"] == pytest.approx(hand_count([mine(n) for n in range(COUNT)]))
+        )
         assert 0 < figures["mean"] < 1 and figures["low"] < figures["mean"] < figures["high"]
         assert figures["judge"]["served_model"] == "stub" and figures["interval"] == "bootstrap"
         assert sum(stub.asked.values()) == 2 * COUNT
@@ -113,10 +105,10 @@ def test_answers_without_a_verdict_are_null_and_say_why(store: Store, items: Pat
     texts = {0: ("[[A>B]] or [[B>A]]", "stop"), 1: ("I was cut", "length")}
     with StubServer(lambda call: call.number in texts and said_so(call, *texts[call.number]), say=say) as stub:
         made = run(judged(items, answers, server=(stub.url,), concurrency=1), store)
-    figures = of(made, "arena-hard", "mine")
+        assert len(stub.asked) == 2 * COUNT + 1, "the one without a label is asked to finish"
     rows = rows_of(made, "arena-hard", ["extra"])
-    nulls = [reason for row in rows for reason in json.loads(row["extra"])["nulls"].values()]
-    assert figures["null_share"] > 0 and nulls[0] == "labels differ"
+    assert [json.loads(row["extra"])["nulls"] for row in rows] == [{"game1": "labels differ"}, *[{}] * (COUNT - 1)]
+    assert of(made, "arena-hard", "mine")["null_share"] == pytest.approx(1 / (2 * COUNT))
 
 
 def test_max_calls_is_a_stop_that_loses_nothing(store: Store, items: Path, answers: Path) -> None:
@@ -137,12 +129,13 @@ def test_a_dry_run_says_what_a_judge_will_be_asked(store: Store, items: Path, an
     assert line.startswith(f"arena-hard: {2 * COUNT} calls, about ") and line in dryrun.as_text(document)
 
 
-def test_judgments_of_elsewhere_need_no_judge(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_judgments_of_elsewhere_need_no_judge(store: Store, tmp_path: Path) -> None:
     config = EvalConfig(tasks=("wildbench",), responses=(str(write(tmp_path / "x.jsonl", score_rows())),))
     made = run(config, store)
     found = of(made, "wildbench", "org/mine")
     assert found["judge"]["served_model"] == "unknown" and found["n"] == sum(1 for row in score_rows() if row["score"])
-    assert found["mean"] == pytest.approx(found["adjusted"] * 10)
+    scores = [float(row["score"]) for row in score_rows() if row["score"]]
+    assert found["score"] == pytest.approx(fmean(scores)) and found["mean"] == pytest.approx(20 * (fmean(scores) - 5))
     assert "score of 10" in eval_stage.table_of(made)
     named = run(dataclasses.replace(config, served_model="gpt-4o"), store)
     assert of(named, "wildbench", "org/mine")["judge"]["served_model"] == "gpt-4o"
@@ -282,9 +275,7 @@ def test_the_judge_is_in_the_key(store: Store, items: Path, answers: Path, tmp_p
     assert len(keys) == len(changes) and same in keys
 
 
-def test_models_are_called_the_same_everywhere(tmp_path: Path, store: Store) -> None:
-    from bnfctl.artifact import Pinned
-
+def test_models_are_called_the_same_everywhere() -> None:
     assert name_of(Pinned("folder", "/some/where/llama", "d", "/some/where/llama")) == "llama"
     assert name_of(Pinned("hub-model", "org/model@abc", "abc")) == "org/model"
     assert name_of(Pinned("artifact", "train/abc", "d", "/x")) == "train/abc"
@@ -302,15 +293,20 @@ def brief(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_every_task_with_the_lab_model(tmp_path: Path, store: Store, brief: Path) -> None:
+    """Of 24 items the first 20; what the judges must have given is known."""
     with StubServer(say=say) as stub:
         config = EvalConfig(
-            tasks=EVERY_TASK, model=str(brief), sampler="hf", limit=20, data_dir=str(data(tmp_path / "items", 20)),
+            tasks=EVERY_TASK, model=str(brief), sampler="hf", limit=20, data_dir=str(data(tmp_path / "items", 24)),
             server=(stub.url,), reference=str(brief), shift_prompts="lab:chat",
         )  # fmt: skip
         made = run(config, store)
     summary = made.manifest.summary["tasks"]
-    for task in EVERY_TASK:
-        assert summary[task]["models"]["brief"]["n"] == 20, task
-    assert summary["shifts"]["models"]["brief"]["z2_sum"]["mean"] == 0
+    found = {task: summary[task]["models"]["brief"] for task in EVERY_TASK}
+    assert {task: one["n"] for task, one in found.items()} == dict.fromkeys(EVERY_TASK, 20)
+    responses = [row["response"] for row in rows_of(made, "arena-hard", ["response"])]
+    assert found["arena-hard"]["mean"] == pytest.approx(hand_count(responses)) and found["arena-hard"]["mean"] > 0
+    assert found["wildbench"]["score"] == pytest.approx(fmean(1 + n % 10 for n in range(20)))
+    assert found["wildbench-pairs"]["mean"] == pytest.approx(50)
+    assert found["shifts"]["z2_sum"]["mean"] == 0
     table = eval_stage.table_of(made)
     assert all(task in table for task in EVERY_TASK if task != "shifts") and "log-likelihood shift" in table

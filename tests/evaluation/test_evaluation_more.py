@@ -179,7 +179,7 @@ def test_a_child_keeps_only_commits_that_a_field_can_say() -> None:
     assert launch.pinned_config(config, Plan("eval", 2, config, hub)).model == "org/model@abc"
 
 
-def test_a_trained_model_is_read_as_the_one_it_started_from(store: Store, tmp_path: Path) -> None:
+def test_a_trained_model_is_read_as_the_one_it_started_from(tmp_path: Path) -> None:
     def trained(name: str, model: Pinned) -> Pinned:
         (tmp_path / name).mkdir()
         manifest = {"schema_version": 1, "stage": "train", "stage_version": 1, "key": name * 12, "digest": "d",

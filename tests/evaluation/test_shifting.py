@@ -37,10 +37,10 @@ LENGTHS = ((5, 9), (1, 4), (12, 31), (3, 2), (8, 17), (1, 6), (7, 3))
 """(prompt, response)"""
 
 
-def candidates() -> list[Candidate]:
-    """Of seven prompts; the third response was cut off."""
+def candidates(times: int = 1) -> list[Candidate]:
+    """Of seven prompts, or a multiple; the third response was cut off."""
     random = np.random.default_rng(4)
-    drawn = [[random.integers(3, VOCABULARY, length).tolist() for length in pair] for pair in LENGTHS]
+    drawn = [[random.integers(3, VOCABULARY, length).tolist() for length in pair] for pair in LENGTHS * times]
     return [
         Candidate(f"p{i}", 0, "text", response, "length" if i == 2 else "stop", 7, prompt)
         for i, (prompt, response) in enumerate(drawn)
@@ -156,10 +156,10 @@ KILLED = """
 import json, sys
 from pathlib import Path
 from bnfctl.artifact import Store
-from tests.evaluation.test_shifting import CONFIG, measured
+from tests.evaluation.test_shifting import CONFIG, candidates, measured
 from dataclasses import replace
 policy, reference, home = map(Path, sys.argv[1:])
-measured(replace(CONFIG, chunk=1, devices=2), Store(home), (policy, reference))
+measured(replace(CONFIG, chunk=1, devices=2), Store(home), (policy, reference), candidates(6))
 """
 
 
@@ -179,9 +179,9 @@ def test_two_processes_and_a_kill_leave_the_bytes_of_one(
         process.wait()
     time.sleep(1.0)  # its workers notice
     left = len(list(store.home.glob(".drafts/*/scratch/shift-parts/*.parquet")))
-    assert 2 <= left < len(LENGTHS), "killed in the middle"
-    resumed = measured(replace(CONFIG, chunk=1, devices=2), store, models)
-    undisturbed = measured(replace(CONFIG, chunk=1), Store(tmp_path / "undisturbed"), models)
+    assert 2 <= left < 6 * len(LENGTHS), "killed in the middle"
+    resumed = measured(replace(CONFIG, chunk=1, devices=2), store, models, candidates(6))
+    undisturbed = measured(replace(CONFIG, chunk=1), Store(tmp_path / "undisturbed"), models, candidates(6))
     assert resumed.manifest.digest == undisturbed.manifest.digest
 
 
@@ -317,7 +317,7 @@ from bnfctl.artifact import Store
 from bnfctl.data.records import Candidate
 from bnfctl.evaluation.shifting import Measuring
 from dataclasses import replace
-from tests.evaluation.test_shifting import CONFIG, measured
+from tests.evaluation.test_shifting import CONFIG, candidates, measured
 
 def status(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from bnfctl.tasks.wildbench_pairs import REFERENCES
-from tests.tasks.judged_world import answer_row, by_length, question_row, theirs, wild_row, write
+from tests.tasks.judged_world import arena_files, by_length, theirs, wild_row, write
 from tests.tasks.test_zeroeval import CRUX, GSM, MATH, MMLU
 
 TAGS = (("Math",), ("Coding & Debugging",), ("Creative Writing",), ("Advice seeking",))
@@ -19,10 +20,7 @@ def data(folder: Path, count: int = 4) -> Path:
     """`count` items of each task; what the baselines responded too."""
     for name, rows in (("gsm8k", GSM), ("math-l5", MATH), ("crux", CRUX), ("mmlu-redux", MMLU)):
         write(folder / f"{name}.jsonl", [{**rows[n % len(rows)], "id": f"{name}-{n}"} for n in range(count)])
-    arena = folder / "arena-hard-v0.1"
-    write(arena / "question.jsonl", [question_row(n, 2024) for n in range(count)])
-    baseline = [answer_row(n, theirs(n), "gpt-4-0314", 2024) for n in range(count)]
-    write(arena / "model_answer" / "gpt-4-0314.jsonl", baseline)
+    arena_files(folder, count, 2024)
     write(folder / "wildbench.jsonl", [wild_row(n, TAGS[n % 4]) for n in range(count)])
     for reference in REFERENCES:
         outputs = [{"session_id": f"s{n}", "output": [theirs(n)], "generator": reference} for n in range(count)]
@@ -31,10 +29,14 @@ def data(folder: Path, count: int = 4) -> Path:
 
 
 def say(body: dict[str, Any], child: int) -> str:
-    """Arena-Hard: the longer response wins.  WildBench: a score by the text's length; the first response always wins."""
-    text = body["messages"][-1]["content"]
+    """Arena-Hard: the longer response wins.  WildBench: a score by the item's number; the references always lose a little."""
+    text = "".join(message["content"] for message in body["messages"])
     if "assistant A" in text:
         return by_length(body, child)
     if "response A" in text:
-        return json.dumps({"analysis of A": "a", "choice": "A++"})
-    return json.dumps({"strengths": "s", "weaknesses": "w", "score": str(1 + len(text) % 10)})
+        first = re.search(r"<<< response A \w+\n(theirs )?", text)
+        assert first
+        return json.dumps({"analysis of A": "a", "choice": "B+" if first[1] else "A+"})
+    number = re.search(r"Is (\d+) right", text)
+    assert number
+    return json.dumps({"strengths": "s", "weaknesses": "w", "score": str(1 + int(number[1]) % 10)})

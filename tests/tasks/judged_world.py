@@ -53,13 +53,17 @@ def mine(number: int) -> str:
     return f"mine {number} " + "word " * (number % 7 * 5)
 
 
+def arena_files(folder: Path, count: int, schema: int) -> Path:
+    """`count` questions and the baseline's responses to them, in another order."""
+    write(folder / "arena-hard-v0.1" / "question.jsonl", [question_row(n, schema) for n in range(count)])
+    rows = [answer_row(n, theirs(n), "gpt-4-0314", schema) for n in reversed(range(count))]
+    write(folder / "arena-hard-v0.1" / "model_answer" / "gpt-4-0314.jsonl", rows)
+    return folder
+
+
 def arena(folder: Path, count: int = 4, schema: int = 2025, **options: Any) -> ArenaHard:
     """The task on `count` questions."""
-    data = folder / f"data-{schema}-{count}"
-    write(data / "arena-hard-v0.1" / "question.jsonl", [question_row(n, schema) for n in range(count)])
-    rows = [answer_row(n, theirs(n), "gpt-4-0314", schema) for n in reversed(range(count))]
-    write(data / "arena-hard-v0.1" / "model_answer" / "gpt-4-0314.jsonl", rows)
-    return ArenaHard(data, **{"draws": 200, **options})
+    return ArenaHard(arena_files(folder / f"data-{schema}-{count}", count, schema), **{"draws": 200, **options})
 
 
 def responses(task: ArenaHard, model: str = "mine") -> list[Answered]:
@@ -105,6 +109,20 @@ def length_label(first: int, second: int) -> str:
     if first > second:
         return "A>>B" if first > 2 * second else "A>B"
     return "B>>A" if second > 2 * first else "B>A"
+
+
+_VOTES = {"A>>B": (0.0, 3), "A>B": (0.0, 1), "A=B": (0.5, 1), "B>A": (1.0, 1), "B>>A": (1.0, 3)}
+"""Label -> what B wins, and its votes (Arena-Hard v0.1: much better counts three times)."""
+
+
+def hand_count(own: Sequence[str]) -> float:
+    """The win rate that `by_length` gives the responses to the first questions, without the code under test."""
+    votes = []
+    for number, response in enumerate(own):
+        won, weight = _VOTES[length_label(len(theirs(number)), len(response))]
+        lost, other_weight = _VOTES[length_label(len(response), len(theirs(number)))]
+        votes += [won] * weight + [1 - lost] * other_weight
+    return sum(votes) / len(votes)
 
 
 def scripted(verdicts: dict[tuple[int, int], str]) -> Callable[[dict[str, Any], int], str]:

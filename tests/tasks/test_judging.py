@@ -17,7 +17,6 @@ import pytest
 
 from bnfctl.client.served import Served
 from bnfctl.errors import BnfctlError
-from bnfctl.tasks.battles import outcome
 from bnfctl.tasks.imports import Answered
 from bnfctl.tasks.judging import (
     Fingerprint,
@@ -39,12 +38,11 @@ from tests.tasks.judged_world import (
     arena,
     by_length,
     client,
+    hand_count,
     judge_all,
-    length_label,
     mine,
     responses,
     said_so,
-    theirs,
 )
 
 FAULTS = {
@@ -57,17 +55,6 @@ FAULTS = {
 }
 
 
-def hand_count(count: int) -> float:
-    """The win rate that a judge of lengths gives, without any of the code under test but the weights."""
-    won = votes = 0.0
-    for number in range(count):
-        base, own = len(theirs(number)), len(mine(number))
-        for label, game in ((length_label(base, own), 1), (length_label(own, base), 2)):
-            share, weight = outcome(label, game)
-            won, votes = won + share * weight, votes + weight
-    return won / votes
-
-
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_never_become_verdicts(name: str, tmp_path: Path) -> None:
     task = arena(tmp_path, 6)
@@ -75,7 +62,9 @@ def test_faults_never_become_verdicts(name: str, tmp_path: Path) -> None:
         rows = judge_all(task, responses(task), stub.url, timeout=0.6)
         assert max(stub.asked.values()) >= 2 and len(stub.asked) == 12
     assert not any(row.extra["nulls"] for row in rows)
-    assert task.aggregate(rows)["models"]["mine"]["win_rate"]["mean"] == pytest.approx(hand_count(6))
+    assert task.aggregate(rows)["models"]["mine"]["win_rate"]["mean"] == pytest.approx(
+        hand_count([mine(n) for n in range(6)])
+    )
 
 
 def test_a_judge_that_stays_broken_ends_the_run_and_keeps_what_was_paid_for(tmp_path: Path) -> None:
@@ -88,7 +77,9 @@ def test_a_judge_that_stays_broken_ends_the_run_and_keeps_what_was_paid_for(tmp_
         stub.asked.clear()
         rows = judge_all(task, responses(task), stub.url, tmp_path / "answers")
         assert len(paid) == 6 and not paid & set(stub.asked) and len(stub.asked) == 16 - 6
-    assert task.aggregate(rows)["models"]["mine"]["win_rate"]["mean"] == pytest.approx(hand_count(8))
+    assert task.aggregate(rows)["models"]["mine"]["win_rate"]["mean"] == pytest.approx(
+        hand_count([mine(n) for n in range(8)])
+    )
 
 
 SCRIPT = """
@@ -125,7 +116,9 @@ def test_a_killed_run_asks_nothing_twice_that_was_kept(tmp_path: Path) -> None:
         again = judge_all(task, responses(task), stub.url, tmp_path / "answers")
         assert sum(stub.asked.values()) - before == 80 - kept
     assert task.aggregate(rows) == task.aggregate(again)
-    assert task.aggregate(rows)["models"]["mine"]["win_rate"]["mean"] == pytest.approx(hand_count(40))
+    assert task.aggregate(rows)["models"]["mine"]["win_rate"]["mean"] == pytest.approx(
+        hand_count([mine(n) for n in range(40)])
+    )
 
 
 def test_a_follow_up_is_not_asked_twice_either(tmp_path: Path) -> None:

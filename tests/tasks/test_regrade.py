@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,10 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from bnfctl.errors import UsageError
-from bnfctl.tasks.crux import Crux
 from bnfctl.tasks.gsm8k import GSM8K
 from bnfctl.tasks.imports import read_answers, regrade
-from bnfctl.tasks.math_l5 import MathL5
 from bnfctl.tasks.mmlu_redux import MMLURedux
 from bnfctl.tasks.zeroeval import ZeroEvalTask
 
@@ -112,30 +109,3 @@ def test_rows_that_cannot_be_graded(rows: list[dict[str, Any]], what: str, tmp_p
     with pytest.raises(UsageError, match=what.split(" \\(")[0]) as caught:
         regrade(path, GSM8K(data))
     assert str(path) in str(caught.value.where)
-
-
-PUBLISHED = [
-    ("gsm", "Meta-Llama-3-8B-Instruct", "78.47", "0.00", "429.39", {"mathverify": "78.39"}),
-    ("gsm", "gemma-2-9b-it", "87.41", "0.00", "394.83", {"mathverify": "87.34"}),
-    ("math-l5", "Meta-Llama-3-8B-Instruct", "7.91", "11.93", "770.32", {"mathverify": "7.77"}),
-    ("math-l5", "gemma-2-9b-it", "19.42", "0.69", "979.22", {"mathverify": "19.14"}),
-    ("crux", "Meta-Llama-3-8B-Instruct", "37.75", "0.25", "411.52", {"zeroeval-20240801": "36.62", "literal": "38.50"}),
-    ("crux", "gemma-2-9b-it", "46.00", "0.00", "484.51", {"zeroeval-20240801": "44.88", "literal": "47.62"}),
-]
-"""Accuracy, no answer (per cent) and characters are ZeroEval's; the other graders' accuracies are this package's."""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif("BNFCTL_ZEROEVAL" not in os.environ, reason="BNFCTL_ZEROEVAL: folder with gsm, math-l5, crux")
-@pytest.mark.parametrize(("name", "model", "accuracy", "unanswered", "characters", "others"), PUBLISHED)
-def test_published_figures(
-    name: str, model: str, accuracy: str, unanswered: str, characters: str, others: dict[str, str]
-) -> None:
-    task = {"gsm": GSM8K(mathverify=True), "math-l5": MathL5(mathverify=True), "crux": Crux()}[name]
-    (graded,) = regrade(Path(os.environ["BNFCTL_ZEROEVAL"]) / name / f"{model}.json", task).values()
-    rewards = [reward for _, reward in graded]
-    more = task.aggregate(rewards)
-    assert f"{fmean(r.value or 0.0 for r in rewards) * 100:.2f}" == accuracy
-    assert f"{(more['no_answer'] or 0.0) * 100:.2f}" == unanswered
-    assert f"{more['reasoning_characters']:.2f}" == characters
-    assert {other: f"{(more[f'acc_{other}'] or 0.0) * 100:.2f}" for other in others} == others
