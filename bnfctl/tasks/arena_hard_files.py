@@ -17,7 +17,10 @@ from bnfctl.errors import UsageError
 from bnfctl.tasks.imports import id_in, responses_in
 from bnfctl.tasks.items import ENDINGS, Source, current, read_file
 
-SOURCE = Source("lmarena-ai/arena-hard-auto", None, "train", 500, ("arena-hard-v0.1", "arena-hard"), inside="/question")
+SOURCE = Source(
+    "lmarena-ai/arena-hard-auto@15f3746e21432264ce9b453999bde4f3c946d2e6", None, "train", 500,
+    ("arena-hard-v0.1", "arena-hard"), inside="/question",
+)  # fmt: skip
 _HUB_FOLDER = "data/arena-hard-v0.1"
 
 

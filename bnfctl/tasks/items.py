@@ -25,7 +25,8 @@ class Source:
     """Where a task's items are published."""
 
     hub: str
-    """owner/name; a stage pins it to a commit with `sources.pin_data(source.hub, store, where)` and hands that on."""
+    """owner/name@commit; without a commit where the content is checked by its digest.  A stage resolves it with
+    `sources.pin_data(source.hub, store, where)` and hands that on."""
     subset: str | None
     split: str
     rows: int
@@ -64,7 +65,7 @@ def read_items(source: Source, data_dir: Path | None, pinned: Pinned | None) -> 
     """All ("where", row) in the published order.
 
     `data_dir`: the user's files; another number of rows than the published one is said, and allowed.  Else the hub, at
-    the commit of `pinned` or at the one that is current: another number of rows is a UsageError.
+    the commit of `pinned` or of the source: another number of rows is a UsageError.
     """
     if data_dir is not None:
         place = source.local(data_dir)
@@ -87,7 +88,7 @@ def read_items(source: Source, data_dir: Path | None, pinned: Pinned | None) -> 
 
 
 def current(source: Source) -> Pinned:
-    """The hub's data set at its newest commit, or the cached one; UsageError where there is neither."""
+    """The hub's data set at its commit, else at the newest, or the cached one; UsageError where there is neither."""
     commit, why = hub.commit_of(source.hub, "dataset")
     if commit is None:
         hint = f"--data-dir FOLDER with {source.wanted} in it"

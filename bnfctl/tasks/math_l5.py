@@ -11,7 +11,7 @@ class MathL5(NumberTask):
 
     name = "math-l5"
     source = Source(
-        "AI-MO/aimo-validation-math-level-5", None, "train", 721, ("math-l5",),
+        "AI-MO/aimo-validation-math-level-5@f6a57be5b8b7818f6abc1b91ada912f474466abc", None, "train", 721, ("math-l5",),
         "a83ec01b3b1187c3792105cdb5f55da7d0c9f1d73431a0e3ee824d31c7ea654f",
     )  # fmt: skip
     columns = (("problem", "question", "prompt"), ("answer",))

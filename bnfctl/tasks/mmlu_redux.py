@@ -15,7 +15,10 @@ class MMLURedux(ZeroEvalTask):
     """2,778 questions with choices; `answer` of an item is the letter of the right one."""
 
     name = "mmlu-redux"
-    source = Source("yuchenlin/zero-eval", "mmlu-redux", "test", 2778, ("mmlu-redux",))
+    # ZeroEval's data set under its organisation's name.
+    source = Source(
+        "WildEval/ZeroEval@a100ff81ecec0ed983dd3f0038d6d6bb2ab3dc1c", "mmlu-redux", "test", 2778, ("mmlu-redux",)
+    )
     layout = CHOICE
     original = "MCQA"
     columns = (("question",), ("choices",), ("correct_answer",))

@@ -163,7 +163,9 @@ def load_layout(path: Path, places: Sequence[tuple[str, ...]]) -> str:
 class WildBenchItems:
     """What both WildBench tasks share: the conversations and the layout of the judge's prompt."""
 
-    source = Source("allenai/WildBench", "v2", "test", 1024, ("wildbench", "wildbench-v2"))
+    source = Source(
+        "allenai/WildBench@7c05c1b4550282b2ed6a2e6ac5db069f1e07df5c", "v2", "test", 1024, ("wildbench", "wildbench-v2")
+    )
     decoding = TaskDecoding()
     binary = False
     layout = LAYOUT

@@ -35,7 +35,7 @@ from bnfctl.tasks.wildbench_scores import (
 )
 
 REFERENCES = ("gpt-4-turbo-2024-04-09", "claude-3-haiku-20240307", "Llama-2-70b-chat-hf")
-OUTPUTS = "allenai/WildBench-V2-Model-Outputs"
+OUTPUTS = "allenai/WildBench-V2-Model-Outputs@d6755bc68220df853c0825a733430f73f5af2501"
 PENALTIES = (-1, 500)
 """Length penalties K, in characters, of which the figures are given; -1 is none."""
 WORDS = 1000

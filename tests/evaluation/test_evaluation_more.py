@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from bnfctl import cli, launch, tasks
+from bnfctl import cli, hub, launch, tasks
 from bnfctl.artifact import Artifact, Pinned, Plan, Store
 from bnfctl.config import EvalConfig
 from bnfctl.errors import BnfctlError, UsageError
 from bnfctl.evaluation import gates, inputs, shown
 from bnfctl.pipeline import Run, read
 from bnfctl.stages import eval as eval_stage
+from bnfctl.tables import TASKS, load
 from tests.evaluation.world import data, say
 from tests.stages.chain import run
 from tests.stub_server import Call, StubServer
@@ -230,3 +231,23 @@ def test_a_parameter_that_the_judge_refuses_is_named(store: Store, tmp_path: Pat
         assert "--judge-temperature none" in str(caught.value.hint)
         made = run(dataclasses.replace(config, judge_temperature=None), store)
     assert "mine" in eval_stage.table_of(made) and all("temperature" not in body for body in stub.bodies[-2 * COUNT :])
+
+
+def test_benchmarks_are_pinned_by_their_commit_or_their_content(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, str | None] = {}
+
+    def commit_of(ref: str, kind: str) -> tuple[str, str]:
+        name, revision = hub.split_revision(ref)
+        asked[name] = revision
+        return revision or "c" * 40, ""
+
+    monkeypatch.setattr(hub, "commit_of", commit_of)
+    names = ("gsm8k", "math-l5", "crux", "mmlu-redux", "arena-hard", "wildbench", "wildbench-pairs", "shifts")
+    pins = inputs.pin_items(EvalConfig(tasks=names, model="x"), store)
+    assert len(pins) == len(names) + 1 and len(asked) == 7
+    loose = {name for name, revision in asked.items() if revision is None}
+    sources = [load(TASKS, name, "task").source for name in names]
+    digests = {source.hub: source.digest for source in sources}
+    assert all(digests[name] for name in loose) and len(loose) == 2
+    assert all(len(revision) == 40 for revision in asked.values() if revision is not None)
+    assert pins["items-wildbench"].ref.endswith(f"@{asked['allenai/WildBench']}")

@@ -1,7 +1,7 @@
 """Files as they were published give the figures as they were published, by the command that a user types.
 
 BNFCTL_PUBLISHED names a folder with such files: zeroeval/{gsm,math-l5,crux}/MODEL.json (WildEval/ZeroEval, result_dirs) and
-wildbench/MODEL.json (allenai/WildBench, eval_results/v2.0522/score.v2/eval=gpt-4o-2024-05-13).
+wildbench/MODEL.json (allenai/WildBench, eval_results/v2.0625/score.v2/eval=gpt-4o-2024-05-13).
 """
 
 from __future__ import annotations
