@@ -1,18 +1,22 @@
-"""Eval artifacts with known grades and verdicts: what the tables are tested on.  Their summaries are the real ones."""
+"""Eval artifacts with known grades and verdicts: what all of the report is tested on.  Their summaries are the real ones."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from bnfctl import shards
 from bnfctl.artifact import Artifact, Pinned, Plan, Store
 from bnfctl.config import EvalConfig
+from bnfctl.evaluation import shifting
 from bnfctl.evaluation.figures import figures, with_holm
 from bnfctl.evaluation.rows import SCHEMA
 from bnfctl.tasks.arena_hard import ArenaHard
 from bnfctl.tasks.judging import Fingerprint
+from bnfctl.tasks.shift_prompts import ShiftPrompts
 from bnfctl.tasks.wildbench import WildBench
 from bnfctl.tasks.wildbench_pairs import WildBenchPairs
 
@@ -39,13 +43,15 @@ def judge(name: str = "stub", protocol: str = "protocol") -> Fingerprint:
 
 
 def row(
-    task: str, item: int, grade: float | None, response: str, extra: dict[str, Any] | None = None
+    task: str, item: int, grade: float | None, response: str, extra: dict[str, Any] | None = None, **more: Any
 ) -> dict[str, Any]:
+    """A row without its model, which `publish` adds; more: other columns."""
     prompt = [{"role": "user", "content": f"Question {item}?"}]
     return {
         "task": task, "item_id": f"{task}-{item:03}", "prompt": prompt, "response": response,
         "tokens": len(response.split()), "finish_reason": "stop", "grade": grade,
         "extra": None if extra is None else json.dumps(extra), "answers": None if extra is None else "{}",
+        **more,
     }  # fmt: skip
 
 
@@ -97,8 +103,12 @@ def pairs(choices: Sequence[dict[str, str | None]], lengths: Sequence[int]) -> l
 def publish(
     store: Store, models: dict[str, list[dict[str, Any]]] | list[dict[str, Any]], model: Pinned | None = BASE,
     judged_by: Fingerprint | None = None, base: Artifact | None = None, version: str = VERSION, seed: int = 0,
+    shifts: Iterable[dict[str, Any]] = (), responses: str = "reference",
 ) -> Artifact:  # fmt: skip
-    """An eval of version 2: of one model, or of several that files hold (model None)."""
+    """An eval of version 2: of one model, or of several that files hold (model None).
+
+    shifts: rows of `analysis.shifts.SCHEMA`, of the one model against BASE, on `responses` (--shift-responses).
+    """
     if isinstance(models, list):
         assert model is not None
         models = {model.ref: models}
@@ -119,12 +129,28 @@ def publish(
         tasks=tuple(tasks), model=model.ref if model else None, seed=seed, responses=() if model else ("file.jsonl",),
         base=str(base.path) if base else None,
     )  # fmt: skip
+    shifts = list(shifts)
+    if shifts:
+        config = replace(config, tasks=(*tasks, "shifts"), shift_responses=responses)
+        inputs["reference"] = BASE
     versions = {name: f"{found['version']} {hash_of(rows)}" for name, found in tasks.items()}
     plan = Plan("eval", 2, config, inputs, versions=versions)
     with store.draft(plan) as draft:
         draft.open()
         shards.write_shards(draft.path / "rows", rows, SCHEMA)
+        if shifts:
+            (name,) = models
+            tasks["shifts"] = shift_figures(draft.path / shifting.FOLDER, name, shifts, responses)
         return draft.publish({"models": list(models), "tasks": with_holm(tasks)})
+
+
+def shift_figures(folder: Path, model: str, rows: list[dict[str, Any]], responses: str) -> dict[str, Any]:
+    """Writes the rows; the summary of the task."""
+    from bnfctl.analysis.shifts import SCHEMA
+
+    shards.write_shards(folder, rows, SCHEMA)
+    found = shifting.figures(folder)
+    return {"version": ShiftPrompts.version, "reference": BASE.ref, "responses": responses, "models": {model: found}}
 
 
 def hash_of(rows: list[dict[str, Any]]) -> int:

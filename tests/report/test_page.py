@@ -23,64 +23,66 @@ from bnfctl.report.figures_svg import Figure
 from bnfctl.report.responses import side_by_side
 from bnfctl.report.sources import Sources
 from bnfctl.report.table import Cell, Table
-from tests.report.page_world import BASE, HOSTILE, eval_row, publish_build, publish_eval, publish_train
+from tests.report.evals import publish, row
+from tests.report.page_world import HOSTILE, publish_build, publish_train
 
 VOID = {"meta", "input", "br", "img", "link"}
 
 
 class Page(HTMLParser):
-    """Elements with their attributes, texts of the scripts, and whether every element was closed in order."""
+    """Elements with their attributes and the text in them, however deep; and whether each was closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
         self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.inside: Counter[str] = Counter()
-        self.texts: list[tuple[str, str]] = []
-        self._open: list[str] = []
+        self.texts: list[str] = []
+        self._open: list[tuple[str, int]] = []
         self.feed(text)
         self.close()
         assert not self._open, self._open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
+        self.handle_startendtag(tag, attrs)
         if tag not in VOID:
-            self._open.append(tag)
+            self._open.append((tag, len(self.elements) - 1))
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
+        self.texts.append("")
 
     def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
+        assert self._open.pop()[0] == tag
 
     def handle_data(self, data: str) -> None:
-        self.texts.append((self._open[-1] if self._open else "", data))
+        for _, number in self._open:
+            self.texts[number] += data
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]
 
-    def text(self, tag: str) -> str:
-        return "".join(data for inside, data in self.texts if inside == tag)
+    def text(self, tag: str) -> list[str]:
+        return [text for (name, _), text in zip(self.elements, self.texts, strict=True) if name == tag]
 
 
 def sources_of(store: Store, rows: Sequence[dict[str, Any]], *more: Sequence[dict[str, Any]]) -> Sources:
     """The base with `rows`, and a BNF training for each other list, whose seeds count from 0."""
-    made = [publish_eval(store, BASE, rows)]
+    made = [publish(store, list(rows))]
     for seed, theirs in enumerate(more):
         policy = publish_train(store, publish_build(store, records=4), "bnf", seed, steps=2).pinned()
-        made.append(publish_eval(store, policy, [{**row, "model": policy.ref} for row in theirs], seed=seed))
+        made.append(publish(store, list(theirs), policy, seed=seed))
     return collect(made, store)
 
 
 def rows_of(task: str, grades: Sequence[float | None], response: str = "fine") -> list[dict[str, Any]]:
-    return [eval_row(task, BASE.ref, item, response, grade) for item, grade in enumerate(grades)]
+    return [row(task, item, grade, response) for item, grade in enumerate(grades)]
 
 
 @pytest.fixture
 def hostile(store: Store) -> Document:
     """A document in which everything that somebody else may write is hostile."""
-    rows = [eval_row(HOSTILE, BASE.ref, 0, HOSTILE, 1.0, extra=json.dumps({HOSTILE: HOSTILE}),
-                     answers=json.dumps({"game1": [{"choices": [{"text": HOSTILE, "finish": "stop"}]}, {"refused": "no"}]}), finish_reason=HOSTILE)]  # fmt: skip
-    rows[0]["prompt"] = [{"role": HOSTILE, "content": HOSTILE}]
+    answers = {"game1": [{"choices": [{"text": HOSTILE, "finish": "stop"}]}, {"refused": "no"}]}
+    rows = [row(HOSTILE, 0, 1.0, HOSTILE, {HOSTILE: HOSTILE}, answers=json.dumps(answers), finish_reason=HOSTILE,
+                prompt=[{"role": HOSTILE, "content": HOSTILE}])]  # fmt: skip
     cell = Cell(HOSTILE, 1.0, 0.5, 1.5, 1, HOSTILE)
     table = Table("t", HOSTILE, HOSTILE, (HOSTILE, HOSTILE), ((cell, cell),), (HOSTILE,), ((HOSTILE, 2),))
     entry = {
@@ -94,6 +96,13 @@ JUDGE = [["game1", HOSTILE], ["game1", "refused: no"]]
 FIGURE = Figure("f", HOSTILE, HOSTILE, HOSTILE, '<svg role="img"></svg>', "shifts", ((HOSTILE, "n"), ("1", HOSTILE)))
 
 
+SHOWN = {
+    "title": (1, 1), "h1": (1, 1), "h3": (2, 2), "p": (4, 10), "li": (8, 10), "caption": (2, 2), "th": (5, 7), "td": (2, 2),
+    "figcaption": (1, 1), "option": (1, 2), "summary": (1, 4), "strong": (1, 2), "code": (3, 4), "pre": (1, 1),
+}  # fmt: skip
+"""Of the elements of a kind, how many say something hostile, and how many there are."""
+
+
 def test_nothing_that_somebody_wrote_becomes_markup(hostile: Document) -> None:
     made = Page(page.html(hostile, [FIGURE]))
     assert not made.all("img") and not made.all("b")
@@ -102,9 +111,9 @@ def test_nothing_that_somebody_wrote_becomes_markup(hostile: Document) -> None:
     assert not [name for name in names if name.startswith("on") or name in ("src", "style")], names
     links = [str(one["href"]) for one in made.all("a")]
     assert links and all(link.startswith("#") for link in links)
-    assert made.text("h1").strip() == f"{HOSTILE} {{{{data}}}}", "shown as it is, a place for text included"
-    for tag in ("td", "caption", "figcaption", "li", "pre", "option", "title", "h3"):
-        assert HOSTILE in made.text(tag) or HOSTILE in "".join(t for i, t in made.texts if i in ("span", "p")), tag
+    assert made.text("h1") == [f"{HOSTILE} {{{{data}}}}"], "shown as it is, a place for text included"
+    shown = {tag: [HOSTILE in text for text in made.text(tag)] for tag in SHOWN}
+    assert {tag: (sum(found), len(found)) for tag, found in shown.items()} == SHOWN
 
 
 def test_the_script_and_the_style_are_those_that_the_policy_names(hostile: Document) -> None:
@@ -119,21 +128,23 @@ def test_the_script_and_the_style_are_those_that_the_policy_names(hostile: Docum
     assert policy.endswith("base-uri 'none'; form-action 'none'")
 
 
+def embedded(text: str) -> str:
+    """The JSON in the page."""
+    found = re.search(r'<script type="application/json" id="responses-data">(.*?)</script>', text, re.S)
+    assert found
+    return found[1]
+
+
 def test_embedded_json_is_the_data_and_cannot_end_its_element(hostile: Document) -> None:
-    text = page.html(hostile, [])
-    inner = re.search(r'<script type="application/json" id="responses-data">(.*?)</script>', text, re.S)
-    assert inner and not re.search("[<>&\u2028\u2029]", inner[1])
-    data = json.loads(inner[1])
+    inner = embedded(page.html(hostile, []))
+    assert not re.search("[<>&\u2028\u2029]", inner)
+    data = json.loads(inner)
     assert data == side_by_side(hostile.sources)
     (item,) = data["tasks"][0]["items"]
     assert item["prompt"] == [[HOSTILE, HOSTILE]]
     (response,) = item["responses"]
     assert (response["text"], response["judge"], response["finish"]) == ([HOSTILE], JUDGE, HOSTILE)
     assert json.loads(response["extra"][0]) == {HOSTILE: HOSTILE}
-
-
-def test_equal_documents_give_equal_bytes(hostile: Document) -> None:
-    assert page.html(hostile, [FIGURE]) == page.html(hostile, [FIGURE])
 
 
 def test_ids_are_unique_and_every_link_has_its_place(hostile: Document) -> None:
@@ -198,9 +209,12 @@ def test_a_long_table_is_folded_and_a_short_one_is_not(store: Store, tmp_path: P
     assert "rows</summary>" not in rendered(replace(table, rows=rows[:-1]), Store(tmp_path / "other"))
 
 
-def test_a_grade_that_is_no_number_is_none() -> None:
+def test_a_grade_that_is_no_number_is_none(store: Store) -> None:
     """JSON, which the page is read from, has no NaN."""
-    assert [responses._graded(grade) for grade in (0.5, None, float("nan"), float("inf"))] == [0.5, None, None, None]
+    sources = sources_of(store, rows_of("gsm8k", [1.0, None, float("nan"), 0.0]))
+    text = page.html(Document("t", sources, ()), [])
+    (task,) = json.loads(embedded(text), parse_constant=pytest.fail)["tasks"]
+    assert [item["responses"][0].get("grade") for item in task["items"]] == [1.0, None, None, 0.0]
 
 
 def test_items_on_which_the_models_differ_come_first_then_all_in_order(store: Store) -> None:
@@ -241,4 +255,4 @@ def test_without_responses_or_figures_there_is_no_such_section(store: Store) -> 
     sources = collect([publish_build(store, records=3)], store)
     made = Page(page.html(Document("Only a build", sources, ()), []))
     assert made.all("section") == []
-    assert "0 methods, 0 runs, 0 evaluations" in made.text("p")
+    assert "0 methods, 0 runs, 0 evaluations" in made.text("header")[0]
