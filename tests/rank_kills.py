@@ -26,6 +26,7 @@ from typing import Any
 
 from bnfctl.artifact import Store
 from tests import crashes
+from tests.processes import alive, until
 
 
 def children(pid: int) -> list[int]:
@@ -34,13 +35,6 @@ def children(pid: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except FileNotFoundError:
         return []
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def rank_of(pid: int) -> int:
@@ -70,10 +64,7 @@ def attempt(argv: list[str], kill_after: float | None, draw: random.Random) -> t
         name = -1 if victim == process.pid else rank_of(victim)
         os.kill(victim, signal.SIGKILL)
         _, err = process.communicate(timeout=90)
-        deadline = time.monotonic() + 60
-        while any(map(alive, ranks)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not any(map(alive, ranks)), "a rank outlives its training by a minute"
+        until(lambda: not any(map(alive, ranks)), 60, "a rank outlives its training by a minute")
         return process.returncode, err, name
 
 

@@ -137,6 +137,18 @@ class StubServer:
         return Handler
 
 
+class Gate:
+    """A fault: calls from a number on wait until `open` is set, and then go on with another; so a run is surely in the middle."""
+
+    def __init__(self, number: int = 0, then: Fault | None = None) -> None:
+        self.number, self.then, self.open = number, then, threading.Event()
+
+    def __call__(self, call: Call) -> bool:
+        if call.number >= self.number:
+            self.open.wait(60)
+        return self.then is not None and self.then(call)
+
+
 def slow(seconds: float) -> Fault:
     """Wait, then answer."""
 

@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.processes import alive, until
 
 SMOKE = REPOSITORY / "pipelines" / "smoke.yaml"
 ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
@@ -75,15 +75,4 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     mark = tmp_path / "pid"
     subprocess.run([sys.executable, "-c", code, str(mark)], check=False, env={**os.environ, **ENV}, timeout=60)
     child = int(mark.read_text())
-    deadline = time.monotonic() + 10
-    while alive(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive(child)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie that nobody has waited for does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    until(lambda: not alive(child), 10, "it outlives its parent")

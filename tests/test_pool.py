@@ -17,6 +17,7 @@ import pytest
 from bnfctl import machine, pool
 from bnfctl.errors import BnfctlError, Interrupted, UsageError
 from tests.conftest import REPOSITORY
+from tests.processes import alive, until
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +34,6 @@ def job(folder: Path, workers: int = 2, **changes: Any) -> pool.Job:
 
 def written(folder: Path) -> dict[int, list[str]]:
     return {int(path.name): path.read_text().split(" ") for path in (folder / "parts").glob("[0-9]*")}
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -106,10 +100,7 @@ def test_the_engine_of_a_worker_that_was_killed_is_ended_too(workers: int, tmp_p
         list(pool.run(one, range(100)))
     assert time.monotonic() < started + 60, "the engine holds the worker's pipe open"
     engine = int((tmp_path / "parts" / "engine").read_text())
-    deadline = time.monotonic() + 10
-    while alive(engine):
-        assert time.monotonic() < deadline, "the engine keeps the GPU's memory"
-        time.sleep(0.05)
+    until(lambda: not alive(engine), 10, "the engine keeps the GPU's memory")
 
 
 def test_a_worker_that_hangs_when_all_is_saved_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,10 +162,7 @@ def test_workers_die_with_their_parent(tmp_path: Path) -> None:
     finally:
         parent.kill()
         parent.wait()
-    deadline = time.monotonic() + 10
-    while any(alive(int(pid)) for pid in pids):
-        assert time.monotonic() < deadline, "workers outlive their parent"
-        time.sleep(0.05)
+    until(lambda: not any(alive(int(pid)) for pid in pids), 10, "workers outlive their parent")
 
 
 def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

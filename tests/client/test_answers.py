@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
+import resource
 import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from bnfctl.client import salvage
 from bnfctl.client.answers import Answers
 from bnfctl.errors import BnfctlError
-from tests.client.asking import Asking, asks, expected, long_text, question
+from tests.client.asking import Asking, asks, expected, question
 from tests.conftest import REPOSITORY
-from tests.stub_server import StubServer, slow
+from tests.small_disk import on_small_disk
+from tests.stub_server import Gate, StubServer
 
 SMALL = 1 << 16
 """Bytes of a reserve."""
@@ -128,8 +129,11 @@ def test_a_damaged_page_costs_no_more_than_the_rows_on_it(kind: str, tmp_path: P
     dice = random.Random(kind)
     for start in range(0, len(whole), 4096):
         path = tmp_path / f"at-{start}"
-        path.write_bytes(whole[:start] + KINDS[kind](whole[start : start + 4096], dice) + whole[start + 4096 :])
+        damaged = whole[:start] + KINDS[kind](whole[start : start + 4096], dice) + whole[start + 4096 :]
+        path.write_bytes(damaged)
         there = left(path, range(36))
+        if start == 0:
+            assert [copy.read_bytes() for copy in asides(path)] == [damaged]
         assert len(there) >= 36 - 25, start  # a leaf holds some twenty short answers
         assert start > 0 or there == set(range(36))  # the first page only says what is in the file
         missing = sorted(set(range(36)) - there)
@@ -201,18 +205,23 @@ def test_a_run_goes_on_in_the_file_that_another_one_has_repaired(tmp_path: Path)
 
 
 def test_a_file_that_is_damaged_in_the_middle_of_a_run_is_repaired_there(tmp_path: Path) -> None:
-    path = filled(tmp_path / "a")
-    with StubServer(slow(0.01)) as stub:
-        client = asks(stub.url, path)
+    path, gate = filled(tmp_path / "a"), Gate(30)  # nothing is written while it is closed
+    with StubServer(gate) as stub:
         said = {}
-        for tag, got in client.ask(map(question, range(100, 200))):
+        for tag, got in asks(stub.url, path).ask(map(question, range(100, 200))):
             said[tag] = got["choices"][0]["text"]
             if len(said) == 30:
                 with open(path, "r+b") as file:
                     file.write(b"\0" * 4096)
+                gate.open.set()
         assert said == expected(range(100, 200))
+        assert len(asides(path)) == 1
+        again = asks(stub.url, path)
+        assert len(list(again.ask(map(question, range(100, 200))))) == 100
+        assert (again.usage["requests"], again.usage["cached"]) == (0, 100)
         assert set(stub.asked.values()) == {1}
-    assert left(path) == set(range(60))  # the repair, if the page was not written again in time, has found them all
+    assert left(path) == set(range(60))
+    assert len(asides(path)) == 1
 
 
 @pytest.mark.parametrize("step", [1, 2])
@@ -254,54 +263,32 @@ def test_any_bytes_are_read_or_left(
     assert all(isinstance(part, bytes) for row in salvage.rows(path) for part in row)
 
 
-def test_a_full_disk_stops_the_asking_but_what_is_in_flight_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """SQLite's own limit is the disk; the reserve, given back, is some more of it."""
-    path = tmp_path / "a"
-    full = [True]
-    begin, give_back, hold = Answers._begin, Answers._give_back, Answers._hold
-
-    def small(answers: Answers) -> None:
-        begin(answers)
-        if full[0]:
-            answers._file.execute("PRAGMA max_page_count=30")
-
-    def more(answers: Answers) -> bool:
-        answers._file.execute("PRAGMA max_page_count=60")
-        return give_back(answers)
-
-    monkeypatch.setattr(Answers, "_begin", small)
-    monkeypatch.setattr(Answers, "_give_back", more)
-    monkeypatch.setattr(
-        Answers, "_hold", lambda answers: answers._reserve.path.exists() or (not full[0] and hold(answers))
-    )
-    (tmp_path / "a-reserve").touch()
-    with StubServer(slow(0.01), say=long_text) as stub:
-        client = asks(stub.url, path)
-        said = []
-        with pytest.raises(BnfctlError, match="the disk is full; all answers so far are kept") as caught:
-            said += [tag for tag, _ in client.ask(map(question, range(200)))]
-        assert caught.value.where == str(path)
-        assert "free some space" in str(caught.value.hint)
-        full[0] = False
-        client = asks(stub.url, path)
-        assert len(list(client.ask(map(question, range(200))))) == 200
-        assert set(stub.asked.values()) == {1}
-        assert 10 < client.usage["cached"] < 150
+@contextmanager
+def no_file_grows_beyond(size: int) -> Iterator[None]:
+    """As where a quota is used up, for any file that this process writes (bytes)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_without_a_reserve_is_an_error_that_loses_nothing_kept(tmp_path: Path) -> None:
+def test_no_room_even_without_the_reserve_is_an_error_that_loses_nothing_kept(tmp_path: Path) -> None:
     path = filled(tmp_path / "a")
     with Answers(path, SMALL) as answers:
-        answers._file.execute("PRAGMA max_page_count=10")
-        with pytest.raises(BnfctlError, match="full") as caught:
+        with (
+            no_file_grows_beyond(path.stat().st_size + 8192),
+            pytest.raises(BnfctlError, match="cannot keep") as caught,
+        ):
             answers.put([(key(number), answer(number)) for number in range(60, 120)])
+        assert caught.value.where == str(path)
         assert "free some space" in str(caught.value.hint)
-        answers._file.execute("PRAGMA max_page_count=100000")
+        assert not (tmp_path / "a-reserve").exists(), "it was not tried without it"
         assert answers.get(key(60)) is None
         answers.put([(key(60), answer(60))])
     assert left(path, range(61)) == set(range(61))
+    assert not asides(path)
 
 
 def test_too_little_room_at_the_start_is_an_error_before_anything_is_asked(tmp_path: Path) -> None:
@@ -313,43 +300,36 @@ def test_too_little_room_at_the_start_is_an_error_before_anything_is_asked(tmp_p
     assert not (tmp_path / "a-reserve").exists()
 
 
-SMALL_DISK = """
-import json, pathlib, random, subprocess, sys
+FULL = """
+import json, pathlib, sys
 from bnfctl.errors import BnfctlError
 from tests.client.asking import asks, long_text, question
+from tests.small_disk import grow
 from tests.stub_server import StubServer, slow
 disk = pathlib.Path(sys.argv[1])
-mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=33200k", "t", disk], capture_output=True)
-if mounted.returncode:
-    print(json.dumps(None)); sys.exit()
 with StubServer(slow(0.01), say=long_text) as stub:
     ends = []
-    for options in ("size=33200k", "remount,size=64m"):
-        if "remount" in options:
-            subprocess.run(["mount", "-o", options, disk], check=True)
-        said = 0
-        client, error = asks(stub.url, disk / "a"), None
+    for more in (False, True):
+        if more:
+            grow(disk, "64m")
+        said, client, error = 0, asks(stub.url, disk / "a"), {}
         try:
             for _ in client.ask(map(question, range(500))):
                 said += 1
         except BnfctlError as failure:
-            error = failure.what
+            error = failure.as_dict()
         ends.append({"said": said, "error": error, **client.usage})
     print(json.dumps({"ends": ends, "asked": max(stub.asked.values()), "questions": len(stub.asked)}))
 """
 
 
-def test_a_disk_that_is_really_full_loses_nothing_and_pays_nothing_twice(tmp_path: Path) -> None:
-    (tmp_path / "disk").mkdir()
-    done = subprocess.run(
-        ["unshare", "-rm", sys.executable, "-c", SMALL_DISK, str(tmp_path / "disk")], capture_output=True, text=True,
-        cwd=REPOSITORY, check=False,
-    )  # fmt: skip
-    if "unshare" in done.stderr or done.stdout.strip() == "null":
-        pytest.skip("no disk of its own may be mounted here")
-    found = json.loads(done.stdout)
+def test_a_full_disk_stops_the_asking_but_what_is_in_flight_is_kept_and_nothing_paid_twice(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    found = on_small_disk(disk, "33200k", FULL, str(disk))
     first, second = found["ends"]
-    assert first["error"] == "the disk is full; all answers so far are kept"
+    assert first["error"]["error"] == "the disk is full; all answers so far are kept"
+    assert first["error"]["where"] == str(disk / "a")
+    assert "free some space" in first["error"]["hint"]
     assert 20 < first["said"] == first["requests"] < 400
-    assert (second["error"], second["said"], second["cached"]) == (None, 500, first["said"])
+    assert (second["error"], second["said"], second["cached"]) == ({}, 500, first["said"])
     assert (found["asked"], found["questions"]) == (1, 500)

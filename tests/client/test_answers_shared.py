@@ -5,21 +5,16 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from bnfctl.client.answers import Answers
 from tests.client.asking import Asking, asks, expected, question
-from tests.stub_server import Call, Fault, StubServer, slow
-
-
-def until(reached: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.01)
+from tests.processes import kill, until
+from tests.stub_server import Call, Fault, Gate, StubServer, slow
 
 
 def both_there(stub: StubServer) -> StubServer:
@@ -54,20 +49,20 @@ def test_two_runs_ask_each_question_once_and_share_the_work(second: Sequence[int
 
 
 def test_what_a_killed_run_had_in_flight_is_all_that_the_other_asks_again(tmp_path: Path) -> None:
-    file = tmp_path / "answers"
+    file, gate = tmp_path / "answers", Gate(60)
     with (
-        StubServer(slow(0.05)) as stub,
+        both_there(StubServer(gate)) as stub,
         Asking(stub.url, file, range(200)) as one,
         Asking(stub.url, file, range(200)) as two,
     ):
-        for _ in range(40):
-            one.line()
-        one.process.send_signal(signal.SIGKILL)
+        until(lambda: sum(stub.asked.values()) == 60 + 2 * 8)
+        kill(one.process)
+        gate.open.set()
         said, usage, _ = two.end()
         assert said == expected(range(200))
         assert usage["error"] is None
         assert len(stub.asked) == 200
-        assert sum(stub.asked.values()) <= 200 + 8
+        assert sum(stub.asked.values()) == 200 + 8
         with Asking(stub.url, file, range(200)) as again:
             said, usage, _ = again.end()
         assert said == expected(range(200))
@@ -87,23 +82,46 @@ def test_different_questions_are_asked_side_by_side(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_leaves_its_questions_to_the_other(tmp_path: Path) -> None:
-    def fail(call: Call) -> bool:
-        time.sleep(2.0)
-        return call.send(500, {})
-
-    file = tmp_path / "answers"
-    with StubServer(fail) as bad, StubServer() as good, Asking(bad.url, file, range(8), retries=0) as one:
+    """The first run is in this process, which goes on: its end isn't what frees the questions."""
+    file, gate = tmp_path / "answers", Gate(then=lambda call: call.send(500, {}))
+    with StubServer(gate) as bad, StubServer() as good, ThreadPoolExecutor() as threads:
+        one = threads.submit(lambda: list(asks(bad.url, file, retries=0).ask(map(question, range(8)))))
         until(lambda: len(bad.asked) == 8)
-        with Asking(good.url, file, range(8)) as two:
+        with Asking(good.url, file, range(9)) as two:
+            assert two.line() == [8, expected([8])[8]]  # it has come to the last one, past those that `one` asks
+            time.sleep(0.5)  # and has looked at those again
+            assert sum(good.asked.values()) == 1
+            gate.open.set()
             assert two.end()[0] == expected(range(8))
-        assert "no answer after 1 try" in one.end()[1]["error"]
+        assert "no answer after 1 try" in str(one.exception())
+        assert len(good.asked) == sum(good.asked.values()) == 9
+
+
+def test_what_a_run_has_read_or_may_not_ask_is_the_other_s_while_it_goes_on(tmp_path: Path) -> None:
+    file, gate = tmp_path / "answers", Gate()
+    with StubServer(gate) as held, StubServer() as good:
+        assert len(list(asks(good.url, file).ask(map(question, range(4))))) == 4
+        with Asking(held.url, file, range(7), max_calls=2) as one:
+            assert dict(one.line() for _ in range(4)) == expected(range(4))
+            until(lambda: len(held.asked) == 2)
+            with Asking(good.url, file, [*range(4), 6]) as two:
+                said, usage, _ = two.end()
+            assert said == expected([*range(4), 6])
+            assert (usage["requests"], usage["cached"]) == (1, 4)
+            assert one.process.poll() is None
+            gate.open.set()
+            said, usage, _ = one.end()
+        assert said == expected([4, 5])
+        assert usage["error"] == "2 calls were made, as many as may be"
 
 
 def test_calls_of_the_other_run_don_t_count(tmp_path: Path) -> None:
-    file = tmp_path / "answers"
-    with StubServer(slow(2.0)) as lazy, StubServer() as stub, Asking(lazy.url, file, range(5)) as one:
+    file, gate = tmp_path / "answers", Gate()
+    with StubServer(gate) as lazy, StubServer() as stub, Asking(lazy.url, file, range(5)) as one:
         until(lambda: len(lazy.asked) == 5)
         with Asking(stub.url, file, range(8), max_calls=3) as two:
+            until(lambda: len(stub.asked) == 3)
+            gate.open.set()
             said, usage, _ = two.end()
         assert said == expected(range(8))
         assert (usage["requests"], usage["cached"], usage["error"]) == (3, 5, None)

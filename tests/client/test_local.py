@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -29,48 +26,17 @@ from bnfctl.errors import BnfctlError, Interrupted
 from bnfctl.model.vllm import server_command
 from tests import models
 from tests.conftest import REPOSITORY
-
-FAKE = [sys.executable, str(REPOSITORY / "tests" / "fake_engine.py")]
+from tests.fake_server import FAKE, be_quick, fake, gone, notes
+from tests.processes import alive, processes_with, until
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.setattr(local, "_POLL_SECONDS", 0.05)
-
-
-def fake(folder: Path, *arguments: str, **options: Any) -> AbstractContextManager[list[str]]:
-    (folder / "notes").mkdir(exist_ok=True)
-    command = [*FAKE, "--notes", str(folder / "notes"), *arguments]
-    return local.serving(command, {"EXTRA": "1"}, "fake", log=folder / "log" / "judge.log", **options)
-
-
-def notes(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in (folder / "notes").glob("*.json")]
+    be_quick(monkeypatch)
 
 
 def client(urls: list[str], key: str = local.KEY_ENV) -> Client:
     return Client(urls, concurrency=2, timeout=60, retries=0, api_key_env=key, answers=None)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def gone(folder: Path) -> bool:
-    found = notes(folder)
-    assert found
-    return not any(alive(pid) for note in found for pid in note["pids"])
 
 
 def test_a_server_is_up_in_its_own_session_and_gone_afterwards(
@@ -173,7 +139,7 @@ def test_another_error_stays_what_it_is(tmp_path: Path) -> None:
 
 def test_a_stop_while_it_loads(tmp_path: Path, stop_signal: Callable[[int], None]) -> None:
     def stop() -> None:
-        wait_until(lambda: (tmp_path / "notes").is_dir() and bool(notes(tmp_path)))
+        until(lambda: bool(notes(tmp_path)))
         stop_signal(signal.SIGINT)
 
     stopper = threading.Thread(target=stop)
@@ -185,24 +151,56 @@ def test_a_stop_while_it_loads(tmp_path: Path, stop_signal: Callable[[int], None
     assert gone(tmp_path)
 
 
-def test_one_that_will_not_leave_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "_LEAVING_SECONDS", -9.5)  # this process waits 0.5 s; the keeper does not know
+KEEPER = """
+import sys
+from bnfctl.client import local
+local._LEAVING_SECONDS = 0.5
+local._keep(sys.argv[1:])
+"""
+
+
+def test_a_server_that_will_not_leave_is_ended_by_its_keeper(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    server = [*FAKE, "--host", "127.0.0.1", "--port", "0", "--notes", str(tmp_path / "notes"), "--stubborn"]
+    keeper = subprocess.Popen(
+        [sys.executable, "-c", KEEPER, *server], env={**os.environ, "VLLM_API_KEY": "none"}, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        until(lambda: bool(notes(tmp_path)))
+        assert not gone(tmp_path)
+        said, _ = keeper.communicate(timeout=20)  # closes its stdin
+        assert (keeper.returncode, said) == (-signal.SIGKILL, b""), "the server has ended by itself"
+        until(lambda: gone(tmp_path))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(keeper.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_keeper_that_hangs_is_ended_with_all_it_keeps(tmp_path: Path) -> None:
+    """After 20 s: it has ten of its own for a server that will not leave."""
     with fake(tmp_path, "--stubborn"):
-        pass
+        keeper = notes(tmp_path)[0]["session"]
+        os.kill(keeper, signal.SIGSTOP)
+        wakes = threading.Timer(60, os.kill, (keeper, signal.SIGCONT))  # so that nobody waits for ever
+        wakes.start()
     assert gone(tmp_path)
+    assert wakes.is_alive(), "it was waited for"
+    wakes.cancel()
 
 
 CHILD = """
 import sys, time
 from pathlib import Path
-from tests.client.test_local import fake
+from tests.fake_server import fake
 with fake(Path(sys.argv[1]), *sys.argv[2:]):
     print("up", flush=True)
     time.sleep(600)
 """
 
 
-@contextmanager
+@contextlib.contextmanager
 def child(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-c", CHILD, str(folder), *arguments]
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
@@ -218,10 +216,10 @@ def test_it_ends_with_its_parent_even_by_kill_9(when: str, tmp_path: Path) -> No
         assert parent.stdout is not None
         if when == "up":
             assert parent.stdout.readline() == b"up\n"
-        wait_until(lambda: bool((tmp_path / "notes").is_dir() and notes(tmp_path)))
+        until(lambda: bool(notes(tmp_path)))
         assert not gone(tmp_path)
         parent.kill()
-    wait_until(lambda: gone(tmp_path))
+    until(lambda: gone(tmp_path))
 
 
 def test_the_engine_ends_with_a_keeper_that_was_killed(tmp_path: Path) -> None:
@@ -293,18 +291,3 @@ def test_vllm_itself(tmp_path: Path) -> None:
         with local.serving([*command, "--max-model-len=4096"], environment, "judges/tiny", log=log):
             pytest.fail("the model has 256 positions")
     assert caught.value.where == str(log)
-
-
-def processes_with(text: str) -> list[int]:
-    """Of this text in their command line, and those in the same sessions: vLLM renames its engine's process."""
-    sessions, found = set(), []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            pid, line = int(path.name), (path / "cmdline").read_bytes().decode("utf-8", "replace")
-            session = os.getsid(pid)
-        except (OSError, ValueError):
-            continue
-        found.append((pid, session))
-        if text in line and session != os.getsid(0):
-            sessions.add(session)
-    return [pid for pid, session in found if session in sessions]

@@ -21,8 +21,8 @@ from bnfctl.config import EvalConfig
 from bnfctl.errors import BnfctlError
 from bnfctl.launch import execute
 from tests import models
-from tests.client.test_local import alive, processes_with
 from tests.conftest import Done
+from tests.processes import alive, processes_with
 from tests.real_server import vllm_server
 from tests.tasks.judged_world import answer_row, arena, wild_row, write
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,10 @@ from bnfctl.evaluation.asking import answers_file
 from bnfctl.evaluation.rows import rows_of
 from tests.conftest import REPOSITORY, Done, environment
 from tests.evaluation.world import data, say
+from tests.processes import kill, until
+from tests.small_disk import on_small_disk
 from tests.stages.chain import run
-from tests.stub_server import Call, Fault, StubServer, slow
+from tests.stub_server import Call, Fault, Gate, StubServer, slow
 from tests.tasks.judged_world import answer_row, mine, number_and_game, said_so, write
 
 COUNT = 30
@@ -97,13 +98,6 @@ def done(process: subprocess.Popen[str]) -> Done:
     return Done(subprocess.CompletedProcess([], process.returncode, out, errors))
 
 
-def until(reached: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.01)
-
-
 def made(folder: Path, finished: Done) -> Artifact:
     assert finished.code == 0, finished.err
     store = Store(folder / "artifacts")
@@ -114,18 +108,6 @@ def used(folder: Path, finished: Done) -> dict[str, Any]:
     return dict(made(folder, finished).manifest.provenance["usage"])
 
 
-class Gate:
-    """A fault: calls from a number on wait, so that a run is surely in the middle, until `open` is set."""
-
-    def __init__(self, number: int) -> None:
-        self.number, self.open = number, threading.Event()
-
-    def __call__(self, call: Call) -> bool:
-        if call.number >= self.number:
-            self.open.wait(60)
-        return False
-
-
 def test_a_killed_run_goes_on_and_asks_again_only_what_was_in_flight(
     items: Path, files: dict[str, Path], undisturbed: str, tmp_path: Path, warm_bnfctl: Callable[..., Done]
 ) -> None:
@@ -134,8 +116,7 @@ def test_a_killed_run_goes_on_and_asks_again_only_what_was_in_flight(
         command = arguments(items, files["mine"], url=stub.url)
         with started(tmp_path, command) as process:
             until(lambda: sum(stub.asked.values()) == CALLS // 2 + IN_FLIGHT)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            kill(process)
         gate.open.set()
         asked = sum(stub.asked.values())
         finished = warm_bnfctl(*command)
@@ -154,14 +135,16 @@ def test_many_kills_at_any_time_change_nothing(
     dice = random.Random(5)
     with StubServer(slow(0.08), say=say) as stub:
         command = arguments(items, files["mine"], url=stub.url)
-        for _ in range(6):
+        for part in range(1, CALLS - 2 * IN_FLIGHT - 8, 8):
+            count = dice.randrange(part, part + 8)
             with started(tmp_path, command) as process:
-                time.sleep(dice.uniform(1.5, 4.0))
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+                until(partial(lambda least: len(stub.answered) >= least, count))
+                time.sleep(dice.uniform(0.0, 0.08))
+                kill(process)
+            assert count <= len(stub.answered) < CALLS
         assert made(tmp_path, warm_bnfctl(*command)).manifest.digest == undisturbed
         assert len(stub.asked) == CALLS
-        assert sum(stub.asked.values()) <= CALLS + 6 * IN_FLIGHT
+        assert CALLS < sum(stub.asked.values()) <= CALLS + 6 * IN_FLIGHT
 
 
 FAULTS: dict[str, Callable[[Call], bool]] = {
@@ -273,16 +256,23 @@ def test_two_runs_at_once_pay_for_each_question_once(
 
 @pytest.mark.slow
 def test_the_other_run_goes_on_when_one_is_killed(items: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    gate = Gate(10)
     with (
-        StubServer(slow(0.1), say=say) as stub,
+        StubServer(gate, say=say) as stub,
         started(tmp_path, arguments(items, files["mine"], files["other"], url=stub.url)) as one,
     ):
-        until(lambda: sum(stub.answered.values()) >= 10)
+        until(lambda: sum(stub.asked.values()) == 10 + IN_FLIGHT)
+        asked = set(stub.asked)
         with started(tmp_path, arguments(items, files["mine"], url=stub.url)) as two:
-            until(lambda: stub.busiest > IN_FLIGHT or sum(stub.answered.values()) >= CALLS)
-            one.send_signal(signal.SIGKILL)
-            assert made(tmp_path, done(two)).manifest.summary["tasks"]["arena-hard"]["models"]["mine"]["n"] == COUNT
-        assert sum(stub.asked.values()) <= len(stub.asked) + IN_FLIGHT
+            until(lambda: stub.busiest == 2 * IN_FLIGHT)  # all that the first one asks, and as many others
+            assert len(stub.asked) == sum(stub.asked.values())
+            kill(one)
+            gate.open.set()
+            finished = done(two)
+        twice = {body for body, count in stub.asked.items() if count > 1}
+        assert twice <= asked
+        assert 0 < len(twice) == sum(stub.asked.values()) - len(stub.asked) <= IN_FLIGHT
+    assert made(tmp_path, finished).manifest.summary["tasks"]["arena-hard"]["models"]["mine"]["n"] == COUNT
 
 
 @pytest.mark.slow
@@ -336,17 +326,15 @@ def test_damaged_answers_are_asked_again_and_no_others(
     assert path.with_name("judges.sqlite-damaged-1").read_bytes()[100:] == content[100:]
 
 
-SMALL_DISK = """
-import json, os, subprocess, sys
-given = json.loads(sys.argv[1])
-disk, options = given["disk"], "size=33400k"
-if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "t", disk], capture_output=True).returncode:
-    print("null"); sys.exit()
+FULL = """
+import json, subprocess, sys
+from tests.small_disk import grow
+disk, *command = sys.argv[1:]
 ends = []
-for again in (False, True):
-    if again:
-        subprocess.run(["mount", "-o", "remount,size=96m", disk], check=True)
-    end = subprocess.run([sys.executable, "-m", "bnfctl", *given["command"]], capture_output=True, text=True)
+for more in (False, True):
+    if more:
+        grow(disk, "96m")
+    end = subprocess.run([sys.executable, "-m", "bnfctl", *command], capture_output=True, text=True)
     ends.append([end.returncode, json.loads(end.stdout), end.stderr])
 print(json.dumps(ends))
 """
@@ -359,17 +347,11 @@ def test_a_full_disk_is_an_error_and_the_command_goes_on_when_there_is_room(
     def long(body: dict[str, Any], child: int) -> str:
         return random.Random(json.dumps(body)).randbytes(20000).hex() + say(body, child)
 
-    (tmp_path / "artifacts").mkdir()
+    disk = tmp_path / "artifacts"
     with StubServer(slow(0.02), say=long) as stub:
         command = arguments(items, files["mine"], files["other"], url=stub.url)
-        given = json.dumps({"disk": str(tmp_path / "artifacts"), "command": command})
-        ended = subprocess.run(
-            ["unshare", "-rm", sys.executable, "-c", SMALL_DISK, given], capture_output=True, text=True, cwd=REPOSITORY,
-            env=environment(tmp_path, None), check=False,
-        ) if shutil.which("unshare") else None  # fmt: skip
-        if ended is None or "unshare" in ended.stderr or ended.stdout.strip() == "null":
-            pytest.skip("no disk of its own may be mounted here")
-        (code, document, errors), (code_again, document_again, _) = json.loads(ended.stdout)
+        ends = on_small_disk(disk, "33400k", FULL, str(disk), *command, env=environment(tmp_path, None))
+        (code, document, errors), (code_again, document_again, _) = ends
         assert code == 1, errors
         assert "the disk is full; all answers so far are kept" in document["error"]
         assert document["where"] == str(answers_file(Store(tmp_path / "artifacts")))
@@ -378,9 +360,22 @@ def test_a_full_disk_is_an_error_and_the_command_goes_on_when_there_is_room(
         assert set(stub.asked.values()) == {1}
 
 
+def kept(store: Store) -> int:
+    """How many answers are on the disk."""
+    with closing(sqlite3.connect(f"file:{answers_file(store)}?mode=ro", uri=True)) as file:
+        return int(file.execute("SELECT count(*) FROM answers").fetchone()[0])
+
+
 def test_a_refusal_of_all_leaves_nothing_behind(items: Path, files: dict[str, Path], store: Store) -> None:
     refuse = [True]
-    fault: Fault = lambda call: refuse[0] and call.number > 8 and call.send(400, {"message": "no such parameter"})  # noqa: E731
+
+    def fault(call: Call) -> bool:
+        if not refuse[0] or call.number <= 8:
+            return False
+        until(lambda: kept(store) == 9, what="the first nine were not kept")
+        call.send(400, {"message": "no such parameter"})
+        return True
+
     with StubServer(fault, say=say) as stub:
         config = EvalConfig(
             tasks=("arena-hard",), responses=(str(files["mine"]),), data_dir=str(items), server=(stub.url,)

@@ -16,11 +16,15 @@ from bnfctl.evaluation import asking
 from bnfctl.launch import execute
 from bnfctl.stages import eval as stage
 from tests import models
-from tests.client.test_local import FAKE, gone, notes, quick
+from tests.fake_server import FAKE, be_quick, gone, notes
 from tests.tasks.judged_world import answer_row, arena, write
 
-__all__ = ["quick"]
 COUNT = 3
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_quick(monkeypatch)
 
 
 @pytest.fixture

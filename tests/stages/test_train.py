@@ -144,7 +144,9 @@ def test_a_dry_run_estimates_memory_before_there_is_data(
     planned = launch.plan("train", TrainConfig(model=name), store, lambda first: None)
     document = dryrun.describe(planned, {}, store, force=False)
     assert "data" in document["unresolved"]
-    assert any(re.match(r"\d+\.\d MB per (process|GPU): (\w+ \d+\.\d, )+", line) for line in document["memory"]), document["memory"]
+    assert any(re.match(r"\d+\.\d MB per (process|GPU): (\w+ \d+\.\d, )+", line) for line in document["memory"]), (
+        document["memory"]
+    )
 
 
 def test_what_is_too_long_is_cut_or_dropped_and_counted(
