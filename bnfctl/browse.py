@@ -72,17 +72,17 @@ def _age(created: float | None) -> str:
 def show(artifact: Artifact) -> str:
     """What an artifact is, for people: config, inputs, result, provenance."""
     manifest = artifact.manifest
+    created = manifest.provenance.get("created")
+    when = {"created": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(created))} if created else {}
     lines = [f"{artifact.ref}  {artifact.path}", f"digest {manifest.digest}", ""]
     for title, values in (
         ("inputs", {name: f"{raw['ref']}  {str(raw['digest'])[:12]}" for name, raw in manifest.inputs.items()}),
         ("config", manifest.config),
         ("summary", manifest.summary),
-        ("provenance", manifest.provenance),
+        ("provenance", manifest.provenance | when),
     ):
         lines.append(f"{title}:")
         shown = {name: _plain(value) for name, value in values.items() if value not in (None, [], {})}
-        if title == "provenance" and "created" in values:
-            shown["created"] = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.provenance["created"]))
         lines += [f"  {name}: {text}" for name, text in shown.items() if text]
     lines.append(f"files: {len(manifest.files)}, {human(sum(entry['size'] for entry in manifest.files))}")
     return "\n".join(lines)

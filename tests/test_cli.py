@@ -146,6 +146,7 @@ def test_ls_show_verify_rm(prefs: Path, warm_bnfctl: Run) -> None:
     rows = warm_bnfctl("ls", "--json").json
     assert [(row["names"], row["path"]) for row in rows] == [(["mine"], str(path))]
     assert "mine" in warm_bnfctl("ls").out
+    assert re.search(r"^  created: 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d$", warm_bnfctl("show", "mine").out, re.M)
     shown = [json.loads(line) for line in warm_bnfctl("show", "mine", "--rows", "3").out.splitlines()]
     assert [row["chosen_text"] for row in shown] == ["yes 0", "yes 1", "yes 2"]
     assert "prefs.jsonl" in warm_bnfctl("show", "mine", "--lineage").out

@@ -137,7 +137,8 @@ def _gain(task: AnyTask, mine: Rows, theirs: Rows) -> dict[str, Any]:
 
 
 def _against(task: AnyTask, first: Rows, second: Rows) -> dict[str, Any]:
-    """first - second on the items that both have a grade for: {n, mean, low, high, p, detectable, first_mean, second_mean}.
+    """first - second on the items that both have a grade for: {n, mean, low, high, p, standard_error, detectable,
+    first_mean, second_mean}.
 
     Judged tasks resample items and make the headline again; others take the mean of the differences.  0/1 grades also
     get McNemar's test.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -121,17 +121,10 @@ def _with_seeds(found: Difference, measure: Measure, first: Method, second: Meth
     spreads = [figure.spread for figure in figures if figure is not None and figure.spread is not None]
     if not spreads:
         return found
-    items = found.detectable / detectable_difference(1.0)
-    error = error_of(0.0 if math.isnan(items) else items, spreads)
-    half = error.t95 * error.size
+    error = error_of(0.0 if math.isnan(found.standard_error) else found.standard_error, spreads)
+    half, power = error.t95 * error.size, detectable_difference(error.size, t95=error.t95)
     p = p_of(found.mean, error.size, found.n, error.degrees)
-    return replace(
-        found,
-        low=found.mean - half,
-        high=found.mean + half,
-        p=p,
-        detectable=detectable_difference(error.size, t95=error.t95),
-    )
+    return Difference(found.n, found.mean, found.mean - half, found.mean + half, p, error.size, power)
 
 
 def _row(test: Compared, adjusted: float) -> tuple[Cell, ...]:

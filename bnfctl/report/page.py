@@ -181,7 +181,7 @@ def _cell(cell: Cell, numeric: bool) -> str:
 
 
 def _with_minus(number: str) -> str:
-    return re.sub(r"(?<!\d)-(?=\d)", "−", number)
+    return re.sub(r"(?<!\w)-(?=\d)", "−", number)
 
 
 def _figures(document: Document, figures: Sequence[Figure]) -> Iterator[Part]:

@@ -37,6 +37,8 @@ class Difference:
     low: float
     high: float
     p: float
+    standard_error: float
+    """NaN where it is not known."""
     detectable: float
     """The smallest true difference that would be found with 80 % power at this standard error."""
 
@@ -51,7 +53,7 @@ def difference(
     found = paired_difference(first, second, clusters)
     error = standard_error([a - b for a, b in zip(first, second, strict=True)], clusters)
     p = p_of(found.mean, error, found.n if clusters is None else len(set(clusters)))
-    return Difference(found.n, found.mean, found.low, found.high, p, detectable_difference(error))
+    return Difference(found.n, found.mean, found.low, found.high, p, error, detectable_difference(error))
 
 
 def p_of(mean: float, error: float, n: int, degrees: float = math.inf) -> float:
@@ -140,7 +142,7 @@ def bootstrapped(found: Bootstrap) -> Difference:
     if far == 0 and len(values) > 1:
         p = min(p, p_of(estimate.mean, error, found.n))
     p = max(p, min(1.0, 2.0 ** (1 - found.n)))
-    return Difference(found.n, estimate.mean, estimate.low, estimate.high, p, detectable_difference(error))
+    return Difference(found.n, estimate.mean, estimate.low, estimate.high, p, error, detectable_difference(error))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -196,10 +196,10 @@ def test_bounds_of_a_difference_have_signs_like_the_difference(store: Store) -> 
 
 
 def test_numbers_have_a_real_minus(store: Store) -> None:
-    cells = (Cell("Z-1"), Cell("-12.3", -12.34, -14.04, -0.04), Cell("2024-08-01"))
-    text = rendered(Table("t", "T", "", ("", "one", "two"), (cells,)), store)
+    cells = (Cell("Z-1"), Cell("-12.3", -12.34, -14.04, -0.04), Cell("2024-08-01"), Cell("5e-07", 5e-7))
+    text = rendered(Table("t", "T", "", ("", "one", "two", "three"), (cells,)), store)
     assert '<span class="value">−12.3</span><span class="ci">[−14.0, +0.0]</span>' in text
-    assert "Z-1" in text and "2024-08-01" in text
+    assert all(f">{written}<" in text for written in ("Z-1", "2024-08-01", "5e-07")), "as one types it"
 
 
 def test_a_long_table_is_folded_and_a_short_one_is_not(store: Store, tmp_path: Path) -> None:
